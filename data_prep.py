@@ -1,0 +1,895 @@
+"""Data for semivl.py: folders of pictures, weight files, reports, and the built-in toy world.
+
+    python data_prep.py toy --root data        paints the toy world and trains its tiny CLIP
+
+A folder of pictures, the toy world included, looks like this:
+
+    FOLDER/dataset.json            {"classes": [...], "definitions": {"car": ["car", "van"]},
+                                    "ignore_index": 255}       the last two are optional
+    FOLDER/splits/train.txt        "IMAGE MASK" or "IMAGE" a line, paths relative to FOLDER
+    FOLDER/splits/val.txt          "IMAGE MASK" a line
+    FOLDER/splits/test.txt         optional, read once, at the end of a run
+    FOLDER/splits/N/labeled.txt    optional; else N images of train.txt are drawn with the seed
+
+A mask is a PNG whose pixel values are class numbers (palette or greyscale, never colours).
+"""
+
+import argparse
+import colorsys
+import dataclasses
+import json
+import math
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+IGNORE = 255
+
+
+class UserError(Exception):
+    """A mistake of the user: one clear line, exit code 2, no traceback."""
+
+
+# ----------------------------------------------------------------------------------------------
+# Folders of pictures
+# ----------------------------------------------------------------------------------------------
+
+
+def read_image(file) -> torch.Tensor:
+    """Any picture file -> uint8 RGB [3, H, W]."""
+    try:
+        with Image.open(file) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (OSError, SyntaxError, ValueError) as error:  # PIL's words for a broken file
+        raise UserError(f"{file}: not a picture that can be read ({error})") from None
+
+
+def read_list(file: Path, need_mask: bool) -> list[tuple]:
+    """Lines "IMAGE MASK" or "IMAGE" -> [(image, mask or None)]."""
+    try:
+        lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing: it lists the images, one 'IMAGE MASK' a line") from None
+    if not lines:
+        raise UserError(f"{file} is empty: it should list images, one 'IMAGE MASK' a line")
+    for number, words in enumerate(lines, 1):
+        if len(words) != 2 and (need_mask or len(words) != 1):
+            form = "'IMAGE MASK'" if need_mask else "'IMAGE MASK' or 'IMAGE'"
+            raise UserError(f"{file}, line {number}: {' '.join(words)!r} should be {form} "
+                            "(names without blanks)")
+    return [(words[0], words[1] if len(words) == 2 else None) for words in lines]
+
+
+class Folder:
+    """A data set on disk. An entry is a pair (image, mask) of paths; the mask may be None."""
+
+    def __init__(self, path: Path, classes: dict[str, list[str]], ignore: int):
+        self.path, self.classes, self.ignore = Path(path), classes, ignore
+        splits = self.path / "splits"
+        self.train = read_list(splits / "train.txt", need_mask=False)
+        self.val = read_list(splits / "val.txt", need_mask=True)
+        test = splits / "test.txt"
+        self.test = read_list(test, need_mask=True) if test.exists() else []
+        self.labelled, self.unlabelled = [], []
+
+    def image(self, entry: tuple) -> torch.Tensor:
+        """uint8 RGB [3, H, W]."""
+        return read_image(self.path / entry[0])
+
+    def mask(self, entry: tuple) -> torch.Tensor:
+        """uint8 [H, W]: class numbers, IGNORE where the folder's own ignore value stands."""
+        file = self.path / entry[1]
+        try:
+            with Image.open(file) as image:
+                # Never convert: a palette PNG's numbers are the labels, its colours are not.
+                mode, mask = image.mode, np.array(image)
+        except FileNotFoundError:
+            raise UserError(f"{file}: no such file") from None
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"{file}: not a mask that can be read ({error})") from None
+        if mask.ndim != 2 or mode not in ("P", "L", "I", "I;16"):
+            raise UserError(f"{file}: a mask of mode {mode}; save class numbers as a palette (P) "
+                            "or greyscale (L) PNG")
+        mask = np.where(mask == self.ignore, IGNORE, mask)
+        wrong = mask[(mask >= len(self.classes)) & (mask != IGNORE)]
+        if wrong.size:
+            raise UserError(f"{file}: holds the value {wrong[0]}, but there are classes 0 to "
+                            f"{len(self.classes) - 1} and ignore_index {self.ignore}")
+        return torch.from_numpy(mask.astype(np.uint8))
+
+    def choose_labelled(self, count: int, seed: int, chosen: list | None = None) -> None:
+        """Splits the training images into `count` labelled ones and the unlabelled rest.
+
+        By the list in splits/COUNT/labeled.txt; else by a draw with the seed. A draw of few
+        images easily misses a class, so of 100 draws the first with the most classes is taken.
+        """
+        fixed = self.path / "splits" / str(count) / "labeled.txt"
+        if chosen:
+            self.labelled = [tuple(entry) for entry in chosen]
+        elif fixed.exists():
+            self.labelled = read_list(fixed, need_mask=True)
+        else:
+            masked = [entry for entry in self.train if entry[1]]
+            if count > len(masked):
+                raise UserError(f"--labels {count}: {self.path}/splits/train.txt has only "
+                                f"{len(masked)} images with masks")
+            shown, most, random = {}, -1, np.random.default_rng(seed)
+            for _ in range(100):
+                draw = [masked[i] for i in random.choice(len(masked), count, replace=False)]
+                for entry in set(draw) - set(shown):
+                    shown[entry] = set(self.mask(entry).unique().tolist()) - {IGNORE}
+                classes = len(set.union(*(shown[entry] for entry in draw)))
+                if classes > most:
+                    most, self.labelled = classes, draw
+                if classes == len(self.classes):
+                    break
+        taken = {image for image, _ in self.labelled}
+        self.unlabelled = [entry for entry in self.train if entry[0] not in taken]
+
+    def check(self) -> None:
+        """Opens every mask that will be used; says all that is wrong at once, at most 20 lines."""
+        problems = [f"{self.path / image}: no such file" for image, _ in self.unlabelled
+                    if not (self.path / image).is_file()]
+        entries = self.labelled + self.val + self.test
+        for entry in tqdm(entries, "check masks", leave=False, disable=None):
+            try:
+                with Image.open(self.path / entry[0]) as image:
+                    size = image.size
+                mask = self.mask(entry)
+                if size != (mask.shape[1], mask.shape[0]):
+                    problems.append(f"{self.path / entry[1]}: {mask.shape[1]} x {mask.shape[0]} "
+                                    f"pixels, but its image has {size[0]} x {size[1]}")
+            except UserError as error:
+                problems.append(str(error))
+            except OSError as error:
+                problems.append(f"{self.path / entry[0]}: not a picture that can be read ({error})")
+        if problems:
+            more = f"\n... and {len(problems) - 20} more" if len(problems) > 20 else ""
+            raise UserError("\n".join(problems[:20]) + more)
+
+
+def open_folder(path: Path, classes: dict[str, list[str]] | None = None) -> Folder:
+    """The folder at `path`; class names from its dataset.json unless they are given."""
+    path = Path(path)
+    if classes:
+        if not (path / "splits").is_dir():
+            raise UserError(f"{path} is missing: lay {path.name} out there as `python data_prep.py "
+                            f"--help` shows (images, masks, splits/), then run this again")
+        return Folder(path, classes, IGNORE)
+    file = path / "dataset.json"
+    try:
+        content = json.loads(file.read_text())
+        names = content["classes"]
+        definitions = content.get("definitions", {})
+        ignore = int(content.get("ignore_index", IGNORE))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{file} is missing: a data set is a folder with dataset.json and splits/ "
+                        "(README.md, 'Your own pictures')") from None
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f'{file}: needs {{"classes": ["name", ...]}} in JSON ({error!r})') from None
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise UserError(f"{file}: 'classes' must be a list of names")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{file}: the class name {twice!r} stands there twice")
+    if not isinstance(definitions, dict) or not all(
+            isinstance(words, list) and words and all(isinstance(word, str) for word in words)
+            for words in definitions.values()):
+        raise UserError(f"{file}: 'definitions' must map class names to lists of names")
+    if unknown := set(definitions) - set(names):
+        raise UserError(f"{file}: definitions of {unknown.pop()!r}, which is not a class")
+    return Folder(path, {name: definitions.get(name, [name]) for name in names}, ignore)
+
+
+# ----------------------------------------------------------------------------------------------
+# Weights
+# ----------------------------------------------------------------------------------------------
+
+
+def load_file(file) -> dict:
+    """A dictionary from a file of torch.save, without running any code that is in it."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except Exception as error:  # truncated, another format, or a pickle that wants to run code
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{file}: not a file of tensors ({reason[:120]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: holds a {type(content).__name__}, not a dictionary of tensors")
+    return content
+
+
+def empty_clip(name: str) -> open_clip.CLIP:
+    """The open_clip model of that name ("toy": the tiny one), with random weights."""
+    config = TINY_CLIP if name == "toy" else open_clip.get_model_config(name)
+    if not config or set(config) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}:
+        raise UserError(f"--clip {name}: not a plain CLIP that open_clip knows; take 'toy', or a "
+                        "ViT of open_clip.list_models() such as ViT-B-16-quickgelu")
+    return open_clip.CLIP(**config)
+
+
+def load_clip(name: str, tag: str, weights: str, root) -> open_clip.CLIP:
+    """A CLIP with the weights that --clip, --clip-tag and --clip-weights name, loaded strictly."""
+    clip = empty_clip(name)
+    if weights == "none":
+        print("warning: CLIP has random weights (--clip-weights none); good for tests only")
+        return clip
+    if not weights and name != "toy":
+        try:
+            return open_clip.create_model(name, pretrained=tag, require_pretrained=True)
+        except Exception as error:  # whatever the network, the hub or the disk may raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"cannot fetch the weights {tag!r} of {name} ({reason[:200]}); give "
+                            "--clip-weights FILE") from None
+    load_strictly(clip, weights or make_toy(root) / "clip.pt", f"--clip {name}")
+    return clip
+
+
+def load_strictly(module, file, what: str) -> None:
+    """Every tensor of `module` from `file`, or an error: weights silently not loaded are worse."""
+    state = load_file(file)
+    state = state.get("state_dict", state)
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, AttributeError) as error:
+        reason = [line.strip() for line in str(error).splitlines()][:2][-1]
+        raise UserError(f"{file}: not the weights of {what} ({reason[:160]})") from None
+
+
+def conv_encoder(weights: str) -> torch.nn.Module:
+    """Cityscapes' third skip path: deep stem and first stage of timm's resnet101c.
+
+    ImageNet-normalised [B, 3, H, W] -> [[B, 256, ceil(H/4), ceil(W/4)]]. `weights`: "" for timm's
+    own download, "none" for random ones, or a file of a whole resnet101c.
+    """
+    import timm  # comes with open_clip; nothing else needs it
+
+    try:
+        net = timm.create_model(
+            "resnet101c", features_only=True, out_indices=(1,), pretrained=not weights)
+    except Exception as error:  # whatever the network or the hub may raise
+        raise UserError(f"cannot fetch the ImageNet weights of resnet101c ({str(error)[:120]}); give "
+                        "--conv-weights FILE") from None
+    if weights not in ("", "none"):
+        state = load_file(weights)
+        missing = set(net.state_dict()) - set(state)
+        if missing:
+            raise UserError(f"{weights}: not the weights of timm's resnet101c, {missing.pop()} is missing")
+        net.load_state_dict({name: state[name] for name in net.state_dict()})
+    return net
+
+
+# ----------------------------------------------------------------------------------------------
+# Names of the published data sets that have no definitions, in the order of the mask values
+# ----------------------------------------------------------------------------------------------
+
+COCO = (
+    "background|person|bicycle|car|motorcycle|airplane|bus|train|truck|boat|traffic light|"
+    "fire hydrant|stop sign|parking meter|bench|bird|cat|dog|horse|sheep|cow|elephant|bear|zebra|"
+    "giraffe|backpack|umbrella|handbag|tie|suitcase|frisbee|skis|snowboard|sports ball|kite|"
+    "baseball bat|baseball glove|skateboard|surfboard|tennis racket|bottle|wine glass|cup|fork|"
+    "knife|spoon|bowl|banana|apple|sandwich|orange|broccoli|carrot|hot dog|pizza|donut|cake|chair|"
+    "couch|potted plant|bed|dining table|toilet|tv|laptop|mouse|remote|keyboard|cell phone|"
+    "microwave|oven|toaster|sink|refrigerator|book|clock|vase|scissors|teddy bear|hair drier|"
+    "toothbrush")
+ADE20K = (
+    "wall|building|sky|floor|tree|ceiling|road|bed|windowpane|grass|cabinet|sidewalk|person|earth|"
+    "door|table|mountain|plant|curtain|chair|car|water|painting|sofa|shelf|house|sea|mirror|rug|"
+    "field|armchair|seat|fence|desk|rock|wardrobe|lamp|bathtub|railing|cushion|base|box|column|"
+    "signboard|chest of drawers|counter|sand|sink|skyscraper|fireplace|refrigerator|grandstand|"
+    "path|stairs|runway|case|pool table|pillow|screen door|stairway|river|bridge|bookcase|blind|"
+    "coffee table|toilet|flower|book|hill|bench|countertop|stove|palm|kitchen island|computer|"
+    "swivel chair|boat|bar|arcade machine|hovel|bus|towel|light|truck|tower|chandelier|awning|"
+    "streetlight|booth|television receiver|airplane|dirt track|apparel|pole|land|bannister|"
+    "escalator|ottoman|bottle|buffet|poster|stage|van|ship|fountain|conveyer belt|canopy|washer|"
+    "plaything|swimming pool|stool|barrel|basket|waterfall|tent|bag|minibike|cradle|oven|ball|"
+    "food|step|tank|trade name|microwave|pot|animal|bicycle|lake|dishwasher|screen|blanket|"
+    "sculpture|hood|sconce|vase|traffic light|tray|ashcan|fan|pier|crt screen|plate|monitor|"
+    "bulletin board|shower|radiator|glass|clock|flag")
+
+
+# ----------------------------------------------------------------------------------------------
+# Command line, run folders, tables, pictures
+# ----------------------------------------------------------------------------------------------
+
+
+def number(kind, low, high):
+    """An argparse type: int or float from low to high."""
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(
+                f"{text} is out of range ({low} to {high})" if high < math.inf else
+                f"{text} must be at least {low}")
+        return value
+    parse.__name__ = kind.__name__  # argparse names the type when the text is no number at all
+    return parse
+
+
+def parse_args(argv, config, presets: dict) -> tuple[dict, argparse.Namespace]:
+    """Options made of the fields of the dataclass `config` -> those typed, and the actions."""
+    parser = argparse.ArgumentParser(
+        prog="semivl.py", description="SemiVL: semi-supervised segmentation guided by CLIP.",
+        usage="semivl.py [options]", allow_abbrev=False,
+        epilog="In brackets: the toy's values. Presets of other data sets: semivl.py, section 1.")
+
+    def error(message):
+        raise UserError(f"{message}; see --help")
+
+    parser.error = error
+    fields, shown, groups = dataclasses.fields(config), config(**presets["toy"]), {}
+    for field in fields:
+        meta, default = field.metadata, getattr(shown, field.name)
+        if meta["group"] not in groups:
+            groups[meta["group"]] = parser.add_argument_group(meta["group"])
+        choices, kind = meta["choices"], field.type
+        if kind is bool:
+            choices, kind, default = ("on", "off"), str, "on" if default else "off"
+        elif kind is not str:
+            kind = number(kind, meta["low"], meta["high"])
+        groups[meta["group"]].add_argument(
+            "--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, type=kind,
+            choices=choices, help=f"{meta['help']} [{default!s}]")
+    group = parser.add_argument_group("instead of a new run")
+    group.add_argument("--eval", metavar="CKPT", help="table of IoU per class of a checkpoint")
+    group.add_argument("--predict", nargs="+", metavar=("CKPT", "IMAGE"),
+                       help="palette PNG and overlay of each image, of any size")
+    group.add_argument("--resume", metavar="RUN", help="go on with a run that was interrupted")
+    args = parser.parse_args(argv)
+    typed = {field.name: getattr(args, field.name) == "on" if field.type is bool
+             else getattr(args, field.name) for field in fields if hasattr(args, field.name)}
+    return typed, args
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" is the accelerator that torch finds (CUDA, MPS), else the CPU."""
+    if name == "auto":
+        found = torch.accelerator.is_available()
+        return torch.accelerator.current_accelerator() if found else torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: torch finds no such device on this machine") from None
+
+
+def new_run(out: str, name: str) -> Path:
+    """A new folder: `out`, which must not hold anything yet, or runs/NAME, numbered when taken."""
+    if out:
+        path = Path(out)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"--out {out}: exists already; take another name, or --resume {out}")
+    else:
+        path, number = Path("runs") / name, 1
+        while path.exists():
+            number += 1
+            path = Path("runs") / f"{name}-{number}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made ({error.strerror})") from None
+    return path
+
+
+def write_json(file, content) -> None:
+    """Indented JSON."""
+    Path(file).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def write_list(file, entries: list[tuple]) -> None:
+    """The opposite of `read_list`."""
+    Path(file).write_text("".join(" ".join(filter(None, entry)) + "\n" for entry in entries))
+
+
+def describe_run(run) -> str:
+    """What is about to happen, on one screen."""
+    cfg, folder = run.cfg, run.folder
+    held = sum(p.numel() for p in run.student.parameters()) / 1e6
+    trained = sum(p.numel() for p in run.student.parameters() if p.requires_grad) / 1e6
+    unlabelled = len(folder.unlabelled) if cfg.unlabeled else 0
+    return (
+        f"data       {cfg.dataset}: {len(folder.labelled)} labelled, {unlabelled} unlabelled, "
+        f"{len(folder.val)} validation, {len(folder.test)} test; {len(folder.classes)} classes\n"
+        f"model      {cfg.clip}, {cfg.decoder} decoder, fine-tuning {cfg.finetune}: {trained:.2f} "
+        f"of {held:.2f} M values train\n"
+        f"training   {run.steps} steps of {cfg.batch} labelled + "
+        f"{cfg.batch if cfg.unlabeled else 0} unlabelled images, {cfg.micro_batch} at a time; rates "
+        f"{cfg.lr:g} (decoder), {cfg.vit_lr:g} (ViT); {run.device}, seed {cfg.seed}\n"
+        f"writes to  {cfg.out}")
+
+
+def iou_table(title: str, columns: dict, classes: list[str]) -> str:
+    """Text table: IoU per class [N] of each column, and the mean over classes that occur."""
+    first = max(map(len, [title, *classes]))
+    lines = [f"{title:{first}}  " + "  ".join(f"{name:>6}" for name in columns)]
+    for i, row in enumerate([*classes, "mIoU"]):
+        cells = (f"{iou[i] if i < len(iou) else iou.nanmean():{max(len(name), 6)}.1f}"
+                 for name, iou in columns.items())
+        lines.append(f"{row:{first}}  " + "  ".join(cells))
+    return "\n".join(lines)
+
+
+def palette(classes: list[str]) -> np.ndarray:
+    """A colour for each class [256, 3]: steps of the golden ratio keep neighbours apart.
+
+    "background" is a quiet grey; IGNORE is white.
+    """
+    colours = np.full((256, 3), 255, np.uint8)
+    for n, name in enumerate(classes):
+        hue, value = (0.02 + 0.618034 * n) % 1, (0.95, 0.75)[n // 8 % 2]
+        rgb = (0.3, 0.32, 0.36) if name == "background" else colorsys.hsv_to_rgb(hue, 0.68, value)
+        colours[n] = np.round(255 * np.array(rgb))
+    return colours
+
+
+def colour_mask(mask: torch.Tensor, classes: list[str]) -> Image.Image:
+    """Class numbers [H, W] -> palette picture."""
+    picture = Image.fromarray(mask.numpy().astype(np.uint8), "P")
+    picture.putpalette(palette(classes).flatten().tolist())
+    return picture
+
+
+def legend(classes: list[str], shown: list[int], width: int, size: int = 14) -> Image.Image:
+    """Names of the classes in their colours, in as many lines as `width` asks for."""
+    font, colours = ImageFont.load_default(size), palette(classes)
+    places, x, y = [], 8, 6
+    for n in shown:
+        wide = int(font.getlength(classes[n])) + 2 * size + 6
+        if x > 8 and x + wide > width:
+            x, y = 8, y + size + 8
+        places.append((n, x, y))
+        x += wide
+    picture = Image.new("RGB", (width, y + size + 10), "white")
+    draw = ImageDraw.Draw(picture)
+    for n, x, y in places:
+        draw.rectangle([x, y + 1, x + size, y + 1 + size], fill=tuple(map(int, colours[n])))
+        draw.text((x + size + 5, y), classes[n], font=font, fill="black")
+    return picture
+
+
+def to_picture(image: torch.Tensor) -> Image.Image:
+    """uint8 [3, H, W] -> picture."""
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def contact_sheet(file, titles: list[str], rows: list, classes: list[str], side: int = 160) -> None:
+    """Rows of [image [3, H, W], mask [H, W], mask, ...], a column a title, with a legend."""
+    gap, head = 8, 26
+    width = gap + len(titles) * (side + gap)
+    key = legend(classes, list(range(len(classes))), width)
+    heights = [round(side * row[0].shape[1] / row[0].shape[2]) for row in rows]
+    sheet = Image.new("RGB", (width, head + sum(heights) + gap * len(rows) + key.height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for i, title in enumerate(titles):
+        draw.text((gap + i * (side + gap), 5), title, font=font, fill="black")
+    y = head
+    for row, height in zip(rows, heights):
+        for i, cell in enumerate(row):
+            picture = colour_mask(cell, classes).convert("RGB") if i else to_picture(cell)
+            smooth = Image.Resampling.NEAREST if i or side > picture.width else Image.Resampling.LANCZOS
+            sheet.paste(picture.resize((side, height), smooth), (gap + i * (side + gap), y))
+        y += height + gap
+    sheet.paste(key, (0, y))
+    sheet.save(file)
+
+
+def save_prediction(out: Path, stem: str, image, mask, classes: list[str]) -> list[str]:
+    """Writes STEM-mask.png and STEM-overlay.png into `out`; returns the names of classes found."""
+    out.mkdir(parents=True, exist_ok=True)
+    colours = colour_mask(mask, classes)
+    colours.save(out / f"{stem}-mask.png")
+    overlay = Image.blend(to_picture(image), colours.convert("RGB"), 0.55)
+    zoom = max(1, round(480 / max(overlay.size)))  # small pictures are enlarged, to be looked at
+    overlay = overlay.resize((overlay.width * zoom, overlay.height * zoom), Image.Resampling.NEAREST)
+    found = mask.unique().tolist()
+    key = legend(classes, found, max(overlay.width, 240))
+    sheet = Image.new("RGB", (key.width, overlay.height + key.height), "white")
+    sheet.paste(overlay, (0, 0))
+    sheet.paste(key, (0, overlay.height))
+    sheet.save(out / f"{stem}-overlay.png")
+    return [classes[n] for n in found]
+
+
+# ----------------------------------------------------------------------------------------------
+# The world. An icon is a list of "kind colour coordinates" parts, painted in that order on the
+# square from (-1, -1) at the top left to (1, 1); "body" is the icon's own colour and pattern.
+# ----------------------------------------------------------------------------------------------
+
+SCENE = 64  # side of a scene in pixels; also CLIP's input size
+PICTURE = 32  # side of a corpus picture
+SPLITS = {"train": 464, "val": 150, "test": 200}
+CORPUS = 20_000
+ZOOM = 4  # icons are painted this much larger, then averaged down, for smooth edges
+
+COLORS = {
+    "red": (222, 62, 58), "orange": (240, 146, 54), "yellow": (248, 208, 76),
+    "green": (74, 154, 84), "lime": (150, 196, 84), "blue": (66, 118, 204),
+    "sky": (138, 200, 236), "pink": (242, 150, 180), "brown": (146, 98, 62),
+    "cream": (250, 234, 200), "white": (250, 250, 248), "grey": (160, 166, 178),
+    "dark": (52, 50, 62), "hole": (0, 0, 0, 0),
+}
+
+CONCEPTS = {  # class -> concept -> (body colours, body pattern, icon)
+    "vehicle": {
+        "car": ("red blue yellow", "plain", """
+            poly sky -.62 -.05 -.4 -.6 .34 -.6 .66 -.05; round body -1 -.14 1 .44
+            box body -.08 -.6 .04 0; disc dark -.76 .16 -.22 .7; disc dark .22 .16 .76 .7
+            disc grey -.58 .34 -.4 .52; disc grey .4 .34 .58 .52; disc yellow .8 -.02 1 .18"""),
+        "boat": ("white red orange", "stripes", """
+            poly brown -1 .3 1 .3 .62 .88 -.66 .88; box dark -.07 -1 .05 .3
+            poly body .1 -.95 .92 .18 .1 .18; poly body -.14 -.7 -.8 .18 -.14 .18
+            box cream -.9 .3 .9 .44"""),
+        "rocket": ("white grey cream", "plain", """
+            poly orange -.26 .6 .26 .6 0 1; poly red -.66 .74 -.3 .02 .3 .02 .66 .74
+            disc body -.4 -1 .4 .72; poly red -.27 -.62 0 -1 .27 -.62
+            disc blue -.22 -.36 .22 .08; disc sky -.13 -.27 .13 -.01"""),
+    },
+    "animal": {
+        "cat": ("orange grey cream", "stripes", """
+            poly body -.84 -1 -.86 .1 -.1 -.5; poly body .84 -1 .86 .1 .1 -.5
+            poly pink -.7 -.66 -.7 -.2 -.4 -.44; poly pink .7 -.66 .7 -.2 .4 -.44
+            disc body -.96 -.62 .96 .9; disc white -.44 .2 .44 .8; disc dark -.54 -.2 -.22 .2
+            disc dark .22 -.2 .54 .2; poly pink -.16 .3 .16 .3 0 .48"""),
+        "fish": ("orange blue yellow", "stripes", """
+            poly body .4 0 1 -.6 .9 0 1 .6; poly body -.3 -.4 .1 -.8 .35 -.3
+            disc body -1 -.54 .62 .54; disc white -.78 -.28 -.42 .08
+            disc dark -.72 -.2 -.52 0"""),
+        "ladybug": ("red orange yellow", "dots", """
+            disc dark -.42 -1 .42 -.2; disc body -.86 -.72 .86 .9; box dark -.06 -.7 .06 .88
+            disc white -.3 -.94 -.1 -.74; disc white .1 -.94 .3 -.74"""),
+    },
+    "plant": {
+        "tree": ("green lime", "plain", """
+            box brown -.18 .3 .18 1; disc body -.9 -.4 .1 .5; disc body -.1 -.4 .9 .5
+            disc body -.6 -1 .6 .2; disc lime -.34 -.76 .06 -.4; disc lime .3 -.16 .62 .12"""),
+        "flower": ("pink yellow white red", "plain", """
+            box green -.08 .2 .08 1; poly green 0 .84 .62 .44 .5 .84
+            disc body -.32 -1 .32 -.36; disc body -.32 -.24 .32 .4; disc body -.74 -.62 -.1 .02
+            disc body .1 -.62 .74 .02; disc orange -.26 -.56 .26 -.04"""),
+        "cactus": ("green lime", "stripes", """
+            round body -.3 -.96 .3 .7; round body -.86 -.4 -.54 .24; round body .54 -.6 .86 .04
+            box body -.7 .02 -.2 .24; box body .2 -.18 .7 .04; disc pink -.2 -1 .2 -.72
+            poly orange -.54 .5 .54 .5 .4 1 -.4 1"""),
+    },
+    "food": {
+        "strawberry": ("red pink", "dots", """
+            disc body -.8 -.7 .12 .3; disc body -.12 -.7 .8 .3; poly body -.78 -.1 .78 -.1 0 1
+            poly green -.7 -.72 -.2 -.76 0 -1 .2 -.76 .7 -.72 .3 -.36 0 -.5 -.3 -.36"""),
+        "donut": ("pink brown white", "dots", """
+            disc orange -.96 -.9 .96 .96; disc body -.9 -.9 .9 .8; disc orange -.36 -.38 .36 .34
+            disc hole -.28 -.28 .28 .3"""),
+        "melon": ("red yellow", "dots", """
+            half green -1 -1.5 1 .8; half white -.86 -1.3 .86 .64; half body -.78 -1.2 .78 .54"""),
+    },
+    "building": {
+        "house": ("cream white sky", "plain", """
+            box body -.76 -.2 .76 .92; poly red -1 -.14 0 -1 1 -.14; box brown -.16 .3 .2 .92
+            box blue -.6 .08 -.3 .4; box blue .36 .08 .64 .4; box brown .46 -.96 .68 -.5"""),
+        "castle": ("grey cream pink", "stripes", """
+            box body -.6 -.3 .6 .92; box body -.96 -.7 -.44 .92; box body .44 -.7 .96 .92
+            poly blue -1 -.6 -.7 -1 -.4 -.6; poly blue .4 -.6 .7 -1 1 -.6
+            box body -.36 -.5 -.14 -.2; box body .14 -.5 .36 -.2; round dark -.24 .3 .24 .92"""),
+        "tent": ("red blue green", "stripes", """
+            poly body -1 .84 0 -.86 1 .84; poly dark -.34 .84 0 -.1 .34 .84
+            poly yellow 0 -1 .36 -.9 0 -.74"""),
+    },
+}
+GROUNDS = {  # concept of the background -> (base colour, second colour)
+    "meadow": ((126, 182, 92), (96, 156, 74)),
+    "beach": ((236, 214, 160), (216, 188, 130)),
+    "lake": ((92, 166, 214), (150, 206, 236)),
+    "snowfield": ((234, 242, 250), (202, 218, 236)),
+}
+CLASSES = ["background", *CONCEPTS]
+DEFINITIONS = {"background": list(GROUNDS), **{k: list(v) for k, v in CONCEPTS.items()}}
+CLASS_OF = {concept: name for name, concepts in CONCEPTS.items() for concept in concepts}
+MASK_COLORS = ("dark", "red", "orange", "green", "pink", "blue")  # in the order of CLASSES
+
+
+# ----------------------------------------------------------------------------------------------
+# The painter
+# ----------------------------------------------------------------------------------------------
+
+
+def paint_body(color: tuple, pattern: str, side: int, rng: random.Random) -> Image.Image:
+    """A square of cloth [side, side] from which the icon's body is cut."""
+    shade = rng.randint(-14, 14)
+    color = tuple(min(255, c + shade) for c in color)
+    pale = sum(color) > 600  # a pale cloth needs a darker pattern, a strong one a lighter
+    cloth = Image.new("RGB", (side, side), color)
+    draw = ImageDraw.Draw(cloth)
+    step = side // 5
+    start = rng.randrange(step)
+    if pattern == "stripes":
+        mark = tuple(int(c * 0.72) if pale else int(0.4 * c + 153) for c in color)
+        for x in range(start, side, step):
+            draw.rectangle((x, 0, x + 0.42 * step, side), fill=mark)
+    if pattern == "dots":
+        mark = tuple(int(c * (0.72 if pale else 0.35)) for c in color)
+        for row, y in enumerate(range(start, side, step)):
+            for x in range(row % 2 * step // 2, side, step):
+                draw.circle((x, y), 0.045 * side, fill=mark)
+    return cloth
+
+
+def draw_part(draw: ImageDraw.ImageDraw, kind: str, xy: list[float], fill) -> None:
+    if kind == "disc":
+        draw.ellipse(xy, fill=fill)
+    elif kind == "half":
+        draw.pieslice(xy, 0, 180, fill=fill)
+    elif kind == "box":
+        draw.rectangle(xy, fill=fill)
+    elif kind == "round":
+        draw.rounded_rectangle(xy, 0.45 * min(xy[2] - xy[0], xy[3] - xy[1]), fill=fill)
+    else:
+        draw.polygon(xy, fill=fill)
+
+
+def paint_icon(concept: str, radius: float, rng: random.Random) -> Image.Image:
+    """One object, RGBA [2 radius, 2 radius], in a random colour, direction and small tilt."""
+    colors, pattern, icon = CONCEPTS[CLASS_OF[concept]][concept]
+    side = ZOOM * int(2 * radius)
+    body = paint_body(COLORS[rng.choice(colors.split())], pattern, side, rng)
+    sprite = Image.new("RGBA", (side, side))
+    draw = ImageDraw.Draw(sprite)
+    for part in icon.replace("\n", ";").split(";"):
+        if not part.strip():
+            continue
+        kind, color, *numbers = part.split()
+        xy = [(float(number) + 1) / 2 * (side - 1) for number in numbers]
+        if color == "body":
+            cut = Image.new("L", (side, side))
+            draw_part(ImageDraw.Draw(cut), kind, xy, 255)
+            sprite.paste(body, mask=cut)
+        else:
+            draw_part(draw, kind, xy, COLORS[color])
+    if rng.random() < 0.5:
+        sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return sprite.rotate(rng.uniform(-12, 12)).reduce(ZOOM)
+
+
+def paint_ground(name: str, rng: random.Random, side: int = 256) -> Image.Image:
+    """A large textured ground [side, side]; scenes and pictures are cut out of it."""
+    base, second = GROUNDS[name]
+    light = tuple(c + (255 - c) * 3 // 5 for c in base)
+    dark = tuple(c * 4 // 5 for c in second)
+    ground = Image.new("RGB", (side, side), base)
+    noise = Image.frombytes("L", (side // 8, side // 8), rng.randbytes((side // 8) ** 2))
+    patches = noise.resize((side, side), Image.Resampling.BICUBIC).point(lambda v: v // 2)
+    ground.paste(second, mask=patches)
+    draw = ImageDraw.Draw(ground)
+    if name == "beach":
+        for y in range(0, side, 10):
+            draw.line([(x, y + 2 * math.sin(x / 7 + y)) for x in range(0, side, 2)], fill=second)
+    for _ in range(side * side // (200 if name == "lake" else 70)):
+        x, y, ink = rng.randrange(side), rng.randrange(side), rng.choice((dark, light))
+        if name == "meadow":
+            draw.line((x, y, x + rng.choice((-1, 1)), y - 3), fill=ink)
+        elif name == "lake":
+            draw.arc((x - 4, y - 2, x + 4, y + 3), 200, 340, fill=light)
+        else:
+            draw.point((x, y), fill=ink)
+    return ground
+
+
+class Painter:
+    """Paints scenes and pictures from one random stream."""
+
+    def __init__(self, seed: str):
+        self.rng = random.Random(seed)
+        self.grounds = {name: paint_ground(name, self.rng) for name in GROUNDS}
+
+    def ground(self, side: int) -> tuple[str, Image.Image]:
+        name, whole = self.rng.choice(list(self.grounds.items()))
+        x, y = self.rng.randrange(whole.width - side), self.rng.randrange(whole.height - side)
+        return name, whole.crop((x, y, x + side, y + side))
+
+    def place(self, image: Image.Image, concept: str, x: float, y: float) -> tuple:
+        """Paints an object with a soft shadow at (x, y) -> its exact outline and corner."""
+        sprite = paint_icon(concept, self.rng.uniform(12, 16), self.rng)
+        corner = (round(x - sprite.width / 2), round(y - sprite.height / 2))
+        alpha = sprite.getchannel("A")
+        shadow = alpha.point(lambda v: v * 0.3)
+        image.paste((30, 40, 50), (corner[0] + 1, corner[1] + 2), shadow)
+        image.paste(sprite, corner, alpha)
+        return alpha.point(lambda v: 255 * (v > 127)), corner
+
+    def scene(self) -> tuple[Image.Image, Image.Image]:
+        """Two to four objects, one per quarter -> image RGB [64, 64] and mask P [64, 64]."""
+        rng = self.rng
+        _, image = self.ground(SCENE)
+        mask = Image.new("P", (SCENE, SCENE))
+        mask.putpalette([value for color in MASK_COLORS for value in COLORS[color]])
+        for quarter in sorted(rng.sample(range(4), rng.choice((2, 3, 3, 4, 4)))):
+            concept = rng.choice(list(CLASS_OF))
+            x = SCENE * (0.25 + 0.5 * (quarter % 2)) + rng.uniform(-4, 4)
+            y = SCENE * (0.25 + 0.5 * (quarter // 2)) + rng.uniform(-4, 4)
+            outline, corner = self.place(image, concept, x, y)
+            mask.paste(CLASSES.index(CLASS_OF[concept]), corner, outline)
+        return image, mask
+
+    def picture(self) -> tuple[Image.Image, str]:
+        """Up to two objects, often cut by the border -> image RGB [32, 32] and caption."""
+        rng = self.rng
+        ground, image = self.ground(PICTURE)
+        concepts = rng.choices(list(CLASS_OF), k=rng.choice((0, 1, 1, 1, 2)))
+        angle = rng.uniform(0, 2 * math.pi)
+        for concept in concepts:
+            reach = rng.uniform(11, 14) if len(concepts) == 2 else rng.uniform(0, 8)
+            x, y = reach * math.cos(angle), reach * math.sin(angle)
+            self.place(image, concept, PICTURE / 2 + x, PICTURE / 2 + y)
+            angle += math.pi
+        # Captions speak of concepts; only now and then does one use the word for the class.
+        words = [CLASS_OF[c] if rng.random() < CLASS_WORD else c for c in concepts]
+        caption = "a photo of a " + " and a ".join(words or [ground])
+        if words and rng.random() < GROUND_WORD:
+            caption += f" on a {ground}"
+        return image, caption
+
+
+# ----------------------------------------------------------------------------------------------
+# The tiny CLIP
+# ----------------------------------------------------------------------------------------------
+
+CLASS_WORD = 0.1  # share of objects that a caption calls by their class
+GROUND_WORD = 1.0  # share of captions with objects that also name the ground
+STEPS = 800
+BATCH = 192  # pictures per step
+TILES = (16, 32)  # sides of the crops that CLIP sees; a step uses one of them
+LR = 3e-3
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+TINY_CLIP = {
+    "embed_dim": 64,
+    "vision_cfg": {
+        "image_size": SCENE, "patch_size": 8, "width": 96, "layers": 2, "head_width": 32,
+        "pool_type": "avg",
+    },
+    "text_cfg": {
+        "context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1,
+    },
+}
+
+
+def to_tensor(images: list[Image.Image]) -> torch.Tensor:
+    """-> normalised [N, 3, H, W]"""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
+    return ((pixels / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def random_crops(pictures: torch.Tensor, side: int) -> torch.Tensor:
+    """[N, 3, H, H] -> [N, 3, side, side], each cut at its own random place."""
+    n, _, height, _ = pictures.shape
+    offset = torch.randint(height - side + 1, (2, n, 1))
+    rows, columns = offset + torch.arange(side)
+    index = torch.arange(n)[:, None, None]
+    crops = pictures[index, :, rows[:, :, None], columns[:, None, :]]  # [N, side, side, 3]
+    return crops.permute(0, 3, 1, 2)
+
+
+def encode_mosaic(model: open_clip.CLIP, crops: torch.Tensor) -> torch.Tensor:
+    """Crops [N, 3, t, t] -> their embeddings [N, E], encoded as tiles of common canvases.
+
+    Encoded one by one, the patches of a picture learn to mix with all others, since these show the
+    same thing; in a scene of several objects the patches would then all look alike. In a mosaic
+    most other patches belong to other captions: patches learn to attend to their own kind and
+    stay local although attention is global. An embedding is the mean over the crop's own patches.
+    """
+    side, per_row = crops.shape[-1], SCENE // crops.shape[-1]
+    canvas = crops.reshape(-1, per_row, per_row, 3, side, side).permute(0, 3, 1, 4, 2, 5)
+    canvas = canvas.reshape(-1, 3, SCENE, SCENE)
+    patches = model.visual.forward_intermediates(
+        canvas, indices=1, normalize_intermediates=True, intermediates_only=True
+    )["image_intermediates"][0]  # [canvases, width, grid, grid]
+    tiles = F.avg_pool2d(patches, side // model.visual.patch_size[0])
+    return tiles.permute(0, 2, 3, 1).flatten(0, 2) @ model.visual.proj
+
+
+def contrastive_loss(images: torch.Tensor, texts: torch.Tensor, caption: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """CLIP's loss; pictures with the same caption [N] share the target evenly."""
+    logits = scale * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+    same = (caption[:, None] == caption).float()
+    target = same / same.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def pretrain_tiny_clip(pictures: torch.Tensor, captions: list[str], seed: int = 0) -> open_clip.CLIP:
+    """Contrastive pre-training on pictures [N, 3, 32, 32] with one caption each."""
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(**TINY_CLIP)
+    texts = open_clip.tokenize(captions, model.context_length)
+    texts, caption = torch.unique(texts, dim=0, return_inverse=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LR, STEPS, pct_start=0.1, cycle_momentum=False
+    )
+    progress = tqdm(range(STEPS), desc="pre-training the tiny CLIP")
+    for step in progress:
+        batch = torch.randint(len(pictures), (BATCH,))
+        crops = random_crops(pictures[batch], TILES[step % len(TILES)])
+        used, which = torch.unique(caption[batch], return_inverse=True)
+        text_embeddings = model.encode_text(texts[used])[which]
+        image_embeddings = encode_mosaic(model, crops)
+        scale = model.logit_scale.exp()
+        loss = contrastive_loss(image_embeddings, text_embeddings, which, scale)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    return model.eval()
+
+
+# ----------------------------------------------------------------------------------------------
+# Writing it all to disk
+# ----------------------------------------------------------------------------------------------
+
+
+def write_scenes(root: Path, seed: int) -> None:
+    painter = Painter(f"scenes {seed}")
+    (root / "splits").mkdir()
+    for split, count in SPLITS.items():
+        for kind in ("images", "masks"):
+            (root / kind / split).mkdir(parents=True)
+        lines = []
+        for i in tqdm(range(count), desc=f"painting {split} scenes"):
+            names = [f"{kind}/{split}/{i:04d}.png" for kind in ("images", "masks")]
+            for name, picture in zip(names, painter.scene()):
+                picture.save(root / name)
+            lines.append(" ".join(names) + "\n")
+        (root / "splits" / f"{split}.txt").write_text("".join(lines))
+    description = {"classes": CLASSES, "definitions": DEFINITIONS, "ignore_index": 255}
+    (root / "dataset.json").write_text(json.dumps(description, indent=2))
+
+
+def make_toy(root: Path, seed: int = 0) -> Path:
+    """Builds root/toy unless it is there; it appears under its name only when it is complete."""
+    toy = Path(root) / "toy"
+    if toy.exists():
+        return toy
+    toy.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix="toy-", dir=toy.parent))
+    try:
+        write_scenes(building, seed)
+        painter = Painter(f"corpus {seed}")
+        corpus = [painter.picture() for _ in tqdm(range(CORPUS), desc="painting the corpus")]
+        pictures, captions = zip(*corpus)
+        clip = pretrain_tiny_clip(to_tensor(pictures), captions, seed)
+        torch.save(clip.state_dict(), building / "clip.pt")
+        building.chmod(0o755)  # mkdtemp makes a private folder
+        building.rename(toy)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return toy
+
+
+def main(argv=None) -> int:
+    """Command line: `data_prep.py toy --root data`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", choices=["toy"])
+    parser.add_argument("--root", default="data", help="where data sets are kept [data]")
+    args = parser.parse_args(argv)
+    try:
+        print(make_toy(args.root))
+    except UserError as error:
+        print(f"data_prep.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1271 @@
+"""SemiVL in one file: semi-supervised semantic segmentation with vision-language guidance.
+
+Paper: Hoyer, Tan, Naeem, Van Gool, Tombari, "SemiVL", ECCV 2024, arXiv 2311.16241.
+
+A few images with masks, many without, and a CLIP that has read the names of the classes:
+
+    few labelled images x, masks y            many unlabelled images
+              |                            /            |             \\
+      scale, crop, flip               weak view w   strong s1      strong s2
+              |                      /     |      \\       \\           /
+              |         FROZEN CLIP     EMA TEACHER \\      CutMix with a partner
+              |        guidance labels  pseudo-labels \\       |
+              |              \\             /           \\      |
+              |               targets, mixed             \\    |
+              |                    |                      \\   |
+              +---> STUDENT: CLIP ViT (only attention trains) + language-guided decoder
+                    logits of x, s1, s2 and of w with perturbed features
+                    loss = cross-entropy(x, y) + consistency(pseudo-labels) + guidance(frozen CLIP)
+
+    python semivl.py                                       the built-in toy world, minutes on a CPU
+    python semivl.py --dataset FOLDER --labels 8           your own pictures (layout: README.md)
+    python semivl.py --dataset voc --labels 92             the published protocol
+    python semivl.py --eval runs/toy-4/last.pt             table of IoU per class
+    python semivl.py --predict runs/toy-4/last.pt a.png    palette PNG and overlay
+
+Letters for shapes, used in every comment below:
+    B images, N classes, K concepts, H x W image, P patch, h = ceil(H/P), w = ceil(W/P),
+    D width of the ViT, E width of CLIP's joint space, T tokens (1 + h*w).
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as VF
+from tqdm import tqdm
+
+import data_prep
+from data_prep import UserError
+
+# ----------------------------------------------------------------------------------------------
+# 1. Settings: one flat config. Presets hold the published recipes, the command line has the last word.
+# ----------------------------------------------------------------------------------------------
+
+
+def setting(group: str, default, meaning: str, choices=None, low=0, high=math.inf):
+    """A config field that carries its own line of `--help` and the values it may take."""
+    meta = dict(group=group, help=meaning, choices=choices, low=low, high=high)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+@dataclasses.dataclass
+class Config:
+    """Every field is an option of the same name (`micro_batch` is `--micro-batch`)."""
+
+    dataset: str = setting("data", "toy", "toy, voc, coco, ade20k, cityscapes, or a FOLDER")
+    labels: int = setting("data", 4, "how many labelled images to use", low=1)
+    root: str = setting("data", "data", "where data sets are kept")
+    crop: int = setting("data", 512, "side of the training crop and of the test window, pixels", low=1)
+    fit: bool = setting("data", True, "images are fitted to the crop before they are scaled (and "
+                        "for evaluation); off: they keep their own size")
+    scale_min: float = setting("data", 0.5, "random scale of training images, from")
+    scale_max: float = setting("data", 2.0, "random scale of training images, to")
+    workers: int = setting("data", 4, "processes that load images (0: none)")
+
+    clip: str = setting("model", "ViT-B-16-quickgelu", "open_clip model; 'toy' is the tiny one")
+    clip_tag: str = setting("model", "openai", "which of open_clip's pretrained weights")
+    clip_weights: str = setting("model", "", "FILE with CLIP weights; 'none': random; '': by tag")
+    authors_clip: bool = setting("model", False, "the authors' CLIP: exact GELU, LayerNorm eps "
+                                 "1e-6, ImageNet statistics")
+    decoder: str = setting("model", "language", "language-guided, or vision-only DeepLabV3+",
+                           ("language", "vision"))
+    decoder_text: str = setting("model", "names", "text for the decoder: class names, or the mean "
+                                "of the class's concepts", ("names", "mean"))
+    definitions: bool = setting("model", True, "describe a class by its concepts, not its name")
+    finetune: str = setting("model", "spatial", "what trains in the ViT: attention and position "
+                            "embedding, all, or none", ("spatial", "all", "none"))
+    conv_skip: bool = setting("model", False, "third skip path: a ResNet-101 stem (Cityscapes)")
+    conv_weights: str = setting("model", "", "its ImageNet weights: FILE, 'none', '': timm's")
+
+    unlabeled: bool = setting("method", True, "use the unlabelled images")
+    conf: float = setting("method", 0.95, "confidence from which a pseudo-label counts", high=1)
+    weighting: str = setting("method", "pixel", "pseudo-labels count: pixels above conf, or all "
+                             "by the image's mean confidence, or by its share above conf",
+                             ("pixel", "mean", "share"))
+    guidance: float = setting("method", 0.1, "weight of the frozen CLIP's loss, falls to 0")
+    guidance_conf: float = setting("method", 0.9, "confidence from which a guidance label counts", high=1)
+    ema: float = setting("method", 0.996, "decay of the EMA teacher; 0: the student teaches itself", high=1)
+
+    steps: int = setting("training", 0, "optimiser steps; 0: take epochs")
+    epochs: int = setting("training", 80, "passes over the unlabelled images", low=1)
+    batch: int = setting("training", 8, "labelled + as many unlabelled images per step", low=1)
+    micro_batch: int = setting("training", 2, "images at a time; gradients are accumulated", low=1)
+    lr: float = setting("training", 1e-3, "learning rate of the decoder")
+    vit_lr: float = setting("training", 1e-6, "learning rate of the ViT (and of conv_skip)")
+    weight_decay: float = setting("training", 0.01, "AdamW's, on everything that trains")
+    evals: int = setting("training", 20, "evaluations during a run, the last step's included", low=1)
+    precision: str = setting("training", "auto", "bf16: autocast; auto: bf16 on CUDA only",
+                             ("auto", "fp32", "bf16"))
+
+    window: str = setting("evaluation", "logits", "overlapping windows: average the logits, or "
+                          "sum the probabilities", ("logits", "probabilities"))
+    stride: int = setting("evaluation", 426, "step of the sliding window, pixels", low=1)
+
+    out: str = setting("run", "", "run folder; '': runs/DATASET-LABELS, numbered when taken")
+    seed: int = setting("run", 0, "seeds labels drawn, initial weights, data order, augmentation")
+    device: str = setting("run", "auto", "auto, cuda, mps or cpu")
+
+
+# What a data set changes of the defaults above, which are VOC's. Folders use the defaults.
+PRESETS = {
+    "toy": dict(
+        labels=4, crop=64, fit=False, workers=0, clip="toy", decoder_text="mean", conf=0.9,
+        guidance=0.3, ema=0.98, steps=250, batch=4, micro_batch=4, lr=3e-3, vit_lr=1e-4, evals=2,
+        stride=64),
+    "voc": dict(labels=92),
+    "coco": dict(labels=232, fit=False, epochs=10, micro_batch=1, lr=4e-3, vit_lr=4e-7),
+    "ade20k": dict(labels=158, epochs=40, micro_batch=1, lr=4e-3, vit_lr=4e-7),
+    "cityscapes": dict(
+        labels=100, fit=False, crop=801, steps=83_760, micro_batch=1, lr=5e-4, vit_lr=5e-6,
+        conv_skip=True, decoder_text="mean", weighting="mean", window="probabilities", stride=534),
+}
+
+# Labelled images -> mIoU in the paper (ViT-B/16); these are the published splits.
+PUBLISHED = {
+    "voc": {92: 84.0, 183: 85.6, 366: 86.0, 732: 86.7, 1464: 87.3},
+    "coco": {232: 50.1, 463: 52.8, 925: 53.6, 1849: 55.4, 3697: 56.5},
+    "ade20k": {158: 28.1, 316: 33.7, 632: 35.1, 1263: 37.2, 2526: 39.4},
+    "cityscapes": {100: 76.2, 186: 77.9, 372: 79.4, 744: 80.3, 1488: 80.6},
+}
+
+IGNORE = 255  # "no label" in every mask, whatever the files of a folder call it
+
+# ----------------------------------------------------------------------------------------------
+# 2. Language: what the classes are called, and what they mean (paper: class definitions)
+#
+# A name alone is a poor prompt: "background" is a word for nothing that CLIP has seen. A class
+# is therefore defined by concepts; the prediction of a class is the best of its concepts.
+# Spelling is as published ("wolve", "diningtable"): the published weights saw these strings.
+# ----------------------------------------------------------------------------------------------
+
+VOC = {
+    "background": "background|bed|building|cabinet|ceiling|curtain|door|fence|floor|grass|ground|"
+    "mountain|road|rock|shelves|sidewalk|sky|snow|tree|wall|water|window|hang glider|helicopter|"
+    "jet ski|go-cart|tractor|emergency vehicle|lorry|truck|lion|stool|bench|wheelchair|"
+    "coffee table|desk|side table|picnic bench|wolve|flowers in a vase|goat|tram|laptop|"
+    "advertising display|vehicle interior",
+    "aeroplane": "aeroplane|airplane|glider", "bicycle": "bicycle|tricycle|unicycle",
+    "bird": "bird", "boat": "boat|ship|rowing boat|pedalo",
+    "bottle": "bottle|plastic bottle|glass bottle|feeding bottle", "bus": "bus|minibus",
+    "car": "car|van|large family car|realistic toy car", "cat": "cat|domestic cat",
+    "chair": "chair|armchair|deckchair", "cow": "cow",
+    "diningtable": "dining table|table for eating at", "dog": "dog|domestic dog",
+    "horse": "horse|pony|donkey|mule", "motorbike": "motorbike|moped|scooter|sidecar",
+    "person": "person|people|baby|face",
+    "pottedplant": "potted plant|indoor plant in a pot|outdoor plant in a pot", "sheep": "sheep",
+    "sofa": "sofa", "train": "train|train carriage", "tvmonitor": "tv|monitor|standalone screen",
+}
+CITYSCAPES = {
+    "road": "road|street|parking space", "sidewalk": "sidewalk",
+    "building": "building|skyscaper|house|bus stop building|garage|car port|scaffolding",
+    "wall": "individual standing wall, which is not part of a building",
+    "fence": "fence|hole in fence", "pole": "pole|sign pole|traffic light pole",
+    "traffic light": "traffic light", "traffic sign": "traffic sign|parking sign|direction sign",
+    "vegetation": "vegetation|tree|hedge", "terrain": "terrain|grass|soil|sand", "sky": "sky",
+    "person": "person|pedestrian|walking person|standing person|person sitting on the ground|"
+    "person sitting on a bench|person sitting on a chair",
+    "rider": "rider|cyclist|motorcyclist", "car": "car|jeep|SUV|van",
+    "truck": "truck|box truck|pickup truck|truck trailer", "bus": "bus", "train": "train|tram",
+    "motorcycle": "motorcycle|moped|scooter", "bicycle": "bicycle",
+}
+# class -> its concepts, in the order of the mask values
+CLASSES = {
+    "voc": {name: concepts.split("|") for name, concepts in VOC.items()},
+    "cityscapes": {name: concepts.split("|") for name, concepts in CITYSCAPES.items()},
+    "coco": {name: [name] for name in data_prep.COCO.split("|")},  # names only
+    "ade20k": {name: [name] for name in data_prep.ADE20K.split("|")},
+}
+
+
+@torch.no_grad()
+def encode_text(clip: open_clip.CLIP, names: list[str]) -> torch.Tensor:
+    """Names -> CLIP's text embeddings of "a photo of a NAME", [len(names), E], not normalised."""
+    prompts = [f"a photo of a {name}" for name in names]
+    return clip.eval().encode_text(open_clip.tokenize(prompts, clip.context_length)).float()
+
+
+class Language(NamedTuple):
+    """The texts of one data set: what the decoder reads, and what the frozen CLIP reads."""
+
+    text: torch.Tensor  # [N, E], one row a class, L2-normalised
+    names: torch.Tensor  # [N, E], the class names alone
+    concepts: torch.Tensor  # [K, E]
+    owner: torch.Tensor  # [K], the class of each concept
+
+
+def describe_classes(clip, classes: dict[str, list[str]], cfg: Config) -> Language:
+    """Embeds class names and definitions as `cfg.definitions` and `cfg.decoder_text` say."""
+    names = encode_text(clip, list(classes))
+    if not cfg.definitions:
+        classes = {name: [name] for name in classes}
+    concepts = encode_text(clip, [c for group in classes.values() for c in group])
+    owner = torch.tensor([n for n, group in enumerate(classes.values()) for _ in group])
+    if cfg.decoder_text == "mean":
+        # Mean BEFORE normalising, as the authors do: a longer embedding has the larger say.
+        text = torch.stack([concepts[owner == n].mean(0) for n in range(len(classes))])
+    else:
+        text = names
+    return Language(*(F.normalize(t, dim=-1) for t in (text, names, concepts)), owner)
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. Vision: CLIP answers one question about a whole image; how to ask it about every patch?
+#
+# Attention in the last block gathers the image into the class token, so patch outputs are not
+# what the text was trained against. Skipping that attention (MaskCLIP's "value path") lets each
+# patch speak for itself, in the same joint space as the text.
+# ----------------------------------------------------------------------------------------------
+
+CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def value_path(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A pre-norm transformer block whose attention looks only at the token itself. [B, T, D]."""
+    attn, D = block.attn, x.shape[-1]
+    # in_proj stacks the rows of q, k and v; only v is needed.
+    v = F.linear(block.ln_1(x), attn.in_proj_weight[2 * D:], attn.in_proj_bias[2 * D:])
+    x = x + attn.out_proj(v)
+    return x + block.mlp(block.ln_2(x))
+
+
+def resize_position(position: torch.Tensor, old: tuple, new: tuple) -> torch.Tensor:
+    """Position embedding [1 + old_h * old_w, D] -> [1 + new_h * new_w, D], bicubic."""
+    if old == new:
+        return position
+    cls, grid = position[:1], position[1:]
+    grid = grid.T.reshape(1, -1, *old)  # [1, D, old_h, old_w]
+    # No antialiasing: the published weights were trained on exactly this interpolation.
+    grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
+    return torch.cat([cls, grid[0].flatten(1).T])
+
+
+class DenseCLIP(nn.Module):
+    """The visual tower of any open_clip ViT, turned into a per-patch image encoder.
+
+    Args:
+        visual: open_clip's VisionTransformer (`open_clip.create_model(...).visual`).
+        grid: (h, w) of the training crop; the position embedding is resized to it once and
+            trained there. Other sizes interpolate from that in each forward.
+        authors: exact GELU and LayerNorm eps 1e-6, which the authors' weights were trained with;
+            OpenAI's CLIP has QuickGELU and 1e-5.
+        from_imagenet: images come with ImageNet's statistics and are re-normalised to CLIP's.
+    """
+
+    def __init__(self, visual, grid=None, authors=False, from_imagenet=False):
+        super().__init__()
+        if not isinstance(visual, open_clip.transformer.VisionTransformer) or visual.attn_pool:
+            raise UserError("DenseCLIP needs a plain ViT of open_clip, such as ViT-B-16")
+        self.visual = visual
+        self.patch = visual.conv1.kernel_size[0]
+        depth = len(visual.transformer.resblocks)
+        self.skip_blocks = (0, depth // 3)  # 0 and 4 of ViT-B's twelve
+        self.width, self.embed_dim = visual.proj.shape
+        self.grid = grid or tuple(visual.grid_size)
+        position = visual.positional_embedding.detach()
+        visual.positional_embedding = nn.Parameter(
+            resize_position(position, tuple(visual.grid_size), self.grid).clone()
+        )
+        if authors:
+            for module in visual.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.eps = 1e-6
+                if hasattr(module, "gelu"):
+                    module.gelu = nn.GELU()
+        self.from_imagenet = from_imagenet
+
+    def encode(self, images: torch.Tensor, last_attention: bool = False):
+        """[B, 3, H, W] -> joint-space tokens [B, T, E], two skip maps [B, D, h, w], (h, w)."""
+        vit, P = self.visual, self.patch
+        if self.from_imagenet:
+            images = renormalize(images, IMAGENET_STATS, CLIP_STATS)
+        H, W = images.shape[-2:]
+        x = vit.conv1(F.pad(images, (0, -W % P, 0, -H % P)))  # [B, D, h, w]
+        B, _, h, w = x.shape
+        x = x.flatten(2).transpose(1, 2)  # [B, h*w, D]
+        cls = vit.class_embedding.to(x.dtype).expand(B, 1, -1)
+        x = torch.cat([cls, x], dim=1)  # [B, T, D]
+        x = x + resize_position(vit.positional_embedding, self.grid, (h, w)).to(x.dtype)
+        x = vit.ln_pre(x)
+
+        blocks = vit.transformer.resblocks
+        skips = []
+        for i, block in enumerate(blocks):
+            # The skips are value paths too, NOT the blocks' outputs.
+            skips += [value_path(block, x)[:, 1:]] * self.skip_blocks.count(i)
+            attend = i + 1 < len(blocks) or last_attention
+            x = block(x) if attend else value_path(block, x)
+        x = vit.ln_post(x) @ vit.proj  # [B, T, E]
+        skips = [s.transpose(1, 2).unflatten(2, (h, w)) for s in skips]  # [B, D, h, w]
+        return x, skips, (h, w)
+
+    def forward(self, images: torch.Tensor):
+        """[B, 3, H, W] normalised -> dense embedding [B, E, h, w], L2-normalised, and skips.
+
+            dense, (skip0, skip4) = DenseCLIP(open_clip.create_model("ViT-B-16").visual)(images)
+        """
+        x, skips, (h, w) = self.encode(images)
+        dense = x[:, 1:].transpose(1, 2).unflatten(2, (h, w))  # [B, E, h, w]
+        return F.normalize(dense, dim=1), skips
+
+    def image_embedding(self, images: torch.Tensor) -> torch.Tensor:
+        """CLIP's own embedding of the whole image, [B, E]: equal to open_clip's `encode_image`
+        at the size CLIP was trained on, if and only if the weights are where they belong."""
+        x, _, _ = self.encode(images, last_attention=True)
+        return F.normalize(x[:, 1:].mean(1) if self.visual.pool_type == "avg" else x[:, 0], dim=-1)
+
+
+def renormalize(images, old, new):
+    """[B, 3, H, W] normalised by the (mean, std) `old` -> normalised by `new`."""
+    stats = torch.tensor([*old, *new], dtype=images.dtype, device=images.device)
+    old_mean, old_std, new_mean, new_std = stats[:, :, None, None]
+    return (images * old_std + old_mean - new_mean) / new_std
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. Spatial fine-tuning: which weights may learn, so that CLIP does not forget? (paper: 3.2)
+#
+# What CLIP lacks is local, spatial reasoning, which lives in attention. What it knows lives in
+# the MLPs. So attention and the position embedding train, the rest stays as it was.
+# ----------------------------------------------------------------------------------------------
+
+
+def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
+    """Sets what trains in the ViT: "spatial" (attention, position embedding), "all" or "none".
+
+    ViT-B/16 at 512: spatial trains 29.1 of 86.8 million values, in 49 tensors.
+    """
+    for name, tensor in clip.named_parameters():
+        spatial = ".attn." in name or name.endswith("positional_embedding")
+        tensor.requires_grad_(mode == "all" or (mode == "spatial" and spatial))
+    return clip
+
+
+def copy_trained(module: nn.Module) -> nn.Module:
+    """A frozen twin with its own copy of the tensors that train, and the very same frozen ones.
+
+    Teacher and guidance need yesterday's weights; two thirds of CLIP have no yesterday. Move the
+    module to its device first: moving later would part what is shared.
+    """
+    shared = {id(p): p for p in module.parameters() if not p.requires_grad}
+    return copy.deepcopy(module, memo=shared).requires_grad_(False).eval()
+
+
+# ----------------------------------------------------------------------------------------------
+# 5. Language-guided decoder: from "how similar is this patch to the text" to a mask (paper: 3.3)
+#
+# Every class is an item of a batch of B*N single-channel maps, so no weight belongs to a class:
+# the decoder learns how similarity maps become masks, for any number of classes.
+# ----------------------------------------------------------------------------------------------
+
+C = 128  # channels of a class's map
+
+
+def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=lambda c: nn.GroupNorm(c // 16, c)):
+    """Convolution that keeps the size, without bias (the norm has one), norm, ReLU."""
+    pad = dilation * (kernel // 2)
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=pad, dilation=dilation, bias=False)
+    return nn.Sequential(conv, norm(c_out), nn.ReLU())
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling (DeepLab): one map seen at five fields of view.
+
+    [B, c_in, h, w] -> [B, c_out, h, w]; each of the five branches has `width` channels.
+    """
+
+    def __init__(self, c_in: int, width: int, c_out: int, **norm):
+        super().__init__()
+        self.branches = nn.ModuleList(
+            [conv_norm_relu(c_in, width, 1, **norm)]
+            + [conv_norm_relu(c_in, width, 3, dilation, **norm) for dilation in (6, 12, 18)]
+        )
+        self.pooled = conv_norm_relu(c_in, width, 1, **norm)
+        self.project = conv_norm_relu(5 * width, c_out, 1, **norm)
+
+    def forward(self, x):
+        image = self.pooled(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:])
+        return self.project(torch.cat([branch(x) for branch in self.branches] + [image], dim=1))
+
+
+class SemanticReasoning(nn.Module):
+    """Classes against each other: at each place a transformer layer whose tokens are the classes.
+
+    x [B, N, C, h, w], text [N, C] -> [B, N, C, h, w]. A "boat" on what "road" claims is unlikely;
+    the text tells the layer which class each token is, without a weight that belongs to one.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(
+            2 * C, nhead=4, dim_feedforward=4 * C, dropout=0.0, activation="gelu",
+            norm_first=True, batch_first=True)
+
+    def forward(self, x, text):
+        B, N, _, h, w = x.shape
+        maps = x.flatten(0, 1)  # [B*N, C, h, w]
+        # Relations are coarse: 4 x 4 patches share one. Small windows have fewer than four.
+        pooled = F.avg_pool2d(maps, (min(4, h), min(4, w)))  # [B*N, C, h', w']
+        size = pooled.shape[2:]
+        tokens = pooled.unflatten(0, (B, N)).permute(0, 3, 4, 1, 2).flatten(0, 2)  # [B*h'*w', N, C]
+        text = text.expand(len(tokens), -1, -1)
+        tokens = self.layer(torch.cat([tokens, text], dim=2))[..., :C]  # [B*h'*w', N, C]
+        pooled = tokens.unflatten(0, (B, *size)).permute(0, 3, 4, 1, 2)  # [B, N, C, h', w']
+        delta = F.interpolate(pooled.flatten(0, 1), (h, w), mode="bilinear", align_corners=True)
+        return x + delta.unflatten(0, (B, N))
+
+
+class UpStage(nn.Module):
+    """Twice the resolution, with detail from a skip map that all classes share.
+
+    x [B*N, c_in, a, b], skip [B, c_skip, ., .] -> [B*N, c_out, 2a, 2b].
+    """
+
+    def __init__(self, c_in: int, c_skip: int, c_out: int):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(c_in, c_in - c_skip, 2, stride=2)
+        self.convs = nn.Sequential(conv_norm_relu(c_in, c_out, 3), conv_norm_relu(c_out, c_out, 3))
+
+    def forward(self, x, skip):
+        x = self.up(x)
+        skip = F.interpolate(skip, x.shape[2:], mode="bilinear", align_corners=True)
+        skip = skip.repeat_interleave(len(x) // len(skip), dim=0)  # [B*N, c_skip, 2a, 2b]
+        return self.convs(torch.cat([x, skip], dim=1))
+
+
+class LanguageGuidedDecoder(nn.Module):
+    """Similarity maps -> spatial reasoning -> semantic reasoning -> upsampling (paper, 3.3).
+
+    Args:
+        embed_dim: E, width of CLIP's joint space.
+        skip_dims: channels of the skip maps of stage 1 (deep) and stage 2 (shallow).
+        skip_widths: channels they are projected to.
+    """
+
+    def __init__(self, embed_dim: int, skip_dims: tuple, skip_widths: tuple = (32, 16)):
+        super().__init__()
+        self.lift = nn.Conv2d(1, C, 7, padding=3)
+        self.aspp = ASPP(C, C, C)
+        self.text_proj = nn.Sequential(nn.Linear(embed_dim, C), nn.ReLU())
+        self.semantic = nn.ModuleList([SemanticReasoning(), SemanticReasoning()])
+        self.skip_proj = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(dim, width, 3, padding=1), nn.ReLU())
+            for dim, width in zip(skip_dims, skip_widths)
+        )
+        self.up1 = UpStage(C, skip_widths[0], 64)
+        self.up2 = UpStage(64, skip_widths[1], 32)
+        self.head = nn.Conv2d(32, 1, 3, padding=1)
+
+    def similarity(self, dense, text):
+        """Cosine of dense [B, E, h, w] and text [N, E] -> [B, N, h, w]."""
+        dense, text = F.normalize(dense, dim=1), F.normalize(text, dim=1)
+        return torch.einsum("behw,ne->bnhw", dense, text)
+
+    def spatial_reasoning(self, similarity):
+        """Each class alone: [B, N, h, w] -> [B, N, C, h, w]."""
+        x = self.lift(similarity.flatten(0, 1).unsqueeze(1))  # [B*N, C, h, w]
+        return (x + self.aspp(x)).unflatten(0, similarity.shape[:2])
+
+    def semantic_reasoning(self, x, text):
+        """Classes against each other: [B, N, C, h, w] and text [N, E] -> the same shape."""
+        text = self.text_proj(F.normalize(text, dim=1))  # [N, C]
+        for layer in self.semantic:
+            x = layer(x, text)
+        return x
+
+    def forward(self, dense, skips, text):
+        """dense [B, E, h, w], skips (shallow, deep) [B, D, ., .], text [N, E]
+        -> logits [B, N, 4h, 4w]."""
+        shallow, deep = skips
+        x = self.spatial_reasoning(self.similarity(dense, text))
+        x = self.semantic_reasoning(x, text)
+        B, N = x.shape[:2]
+        x = x.flatten(0, 1)  # [B*N, C, h, w]
+        x = self.up1(x, self.skip_proj[0](deep))  # [B*N, 64, 2h, 2w]
+        x = self.up2(x, self.skip_proj[1](shallow))  # [B*N, 32, 4h, 4w]
+        return self.head(x).view(B, N, *x.shape[2:])
+
+
+class VisionDecoder(nn.Module):
+    """The baseline without language: DeepLabV3+ on the same ViT, as in UniMatch.
+
+    Same arguments as the language-guided decoder's forward (the text is not looked at), but the
+    last layer has N fixed outputs, learned from the few labels alone. Logits [B, N, h, w].
+    """
+
+    def __init__(self, embed_dim: int, skip_dim: int, classes: int, width: int = 64):
+        super().__init__()
+        norm = dict(norm=nn.BatchNorm2d)
+        self.aspp = ASPP(embed_dim, width, width, **norm)
+        self.skip_proj = conv_norm_relu(skip_dim, 48, 1, **norm)
+        self.fuse = nn.Sequential(
+            conv_norm_relu(48 + width, 256, 3, **norm), conv_norm_relu(256, 256, 3, **norm)
+        )
+        self.head = nn.Conv2d(256, classes, 1)
+
+    def forward(self, dense, skips, text=None):
+        _, deep = skips
+        return self.head(self.fuse(torch.cat([self.skip_proj(deep), self.aspp(dense)], dim=1)))
+
+
+# ----------------------------------------------------------------------------------------------
+# 6. The model: images -> logits
+# ----------------------------------------------------------------------------------------------
+
+
+class SemiVL(nn.Module):
+    """Images -> logits: dense CLIP, optional convolutional skip, decoder.
+
+    Args:
+        clip: the image encoder.
+        decoder: LanguageGuidedDecoder or VisionDecoder.
+        text: [N, E], one embedding a class.
+        conv: optional third skip path (Cityscapes): ImageNet-normalised images -> [map of stride 4].
+            At a patch of 16 pixels thin things (poles, signs) are gone; a stride of 4 has them.
+    """
+
+    def __init__(self, clip: DenseCLIP, decoder: nn.Module, text: torch.Tensor, conv=None):
+        super().__init__()
+        self.clip, self.decoder, self.conv = clip, decoder, conv
+        self.register_buffer("text", text)
+
+    def forward(self, images: torch.Tensor, perturb: int = 0) -> torch.Tensor:
+        """[B, 3, H, W], normalised -> logits [B, N, H, W].
+
+        The last `perturb` images of the batch get feature perturbation: half of the channels of
+        the dense embedding and of each skip map are dropped, as whole maps (UniMatch).
+        """
+        dense, (shallow, deep) = self.clip(images)
+        if self.conv is not None:
+            (shallow,) = self.conv(images)
+        features = [dense, shallow, deep]
+        if perturb:
+            features = [
+                torch.cat([f[:-perturb], F.dropout2d(f[-perturb:], 0.5)]) for f in features
+            ]
+        dense, *skips = features
+        logits = self.decoder(dense, skips, self.text)
+        # The corner padding is squeezed in, not cut off: the authors' weights are used to it.
+        return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=False)
+
+
+class FrozenGuidance(nn.Module):
+    """CLIP as it was before training, asked about every pixel (paper, 3.4).
+
+    It has never seen a mask, but it cannot drift either: its labels keep the student from
+    confirming its own mistakes where four labelled images say nothing.
+
+    Args:
+        clip: a DenseCLIP that nobody trains (see `copy_trained`).
+        concepts: [K, E] text embeddings; owner: [K], the class of each concept.
+    """
+
+    def __init__(self, clip: DenseCLIP, concepts, owner, conf: float = 0.9):
+        super().__init__()
+        self.clip, self.conf = clip, conf
+        self.register_buffer("concepts", F.normalize(concepts, dim=1))
+        self.register_buffer("owner", owner)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W], normalised -> zero-shot logits [B, N, H, W], 100 times a cosine."""
+        dense, _ = self.clip(images)
+        similarity = torch.einsum("behw,ke->bkhw", dense, self.concepts)  # [B, K, h, w]
+        classes = range(int(self.owner.max()) + 1)
+        # A class is where ANY of its concepts is: the best one speaks for it.
+        similarity = torch.stack([similarity[:, self.owner == n].amax(1) for n in classes], dim=1)
+        similarity = F.interpolate(similarity, images.shape[2:], mode="bilinear")  # [B, N, H, W]
+        return 100 * similarity
+
+    def labels(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] -> guidance labels [B, H, W], IGNORE where CLIP is not sure."""
+        confidence, label = self(images).float().softmax(1).max(1)
+        return label.masked_fill(confidence < self.conf, IGNORE)
+
+
+class EMATeacher:
+    """Mean teacher: an exponential moving average of the student makes the pseudo-labels.
+
+    It is steadier than the student, and it is the model that is evaluated and saved. With decay
+    0 it is the student itself, the authors' self-teaching.
+    """
+
+    def __init__(self, student: nn.Module, decay: float = 0.996):
+        self.model, self.decay = copy_trained(student), decay
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits [B, N, H, W] of images [B, 3, H, W]."""
+        return self.model(images)
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, step: int) -> None:
+        """teacher = decay * teacher + (1 - decay) * student, after optimiser step `step` (from 0).
+
+        The decay grows from 0, so that the random initial decoder is forgotten at once.
+        """
+        decay = min(1 - 1 / (step + 1), self.decay)
+        for mine, theirs in zip(self.model.parameters(), student.parameters()):
+            if theirs.requires_grad:
+                mine.lerp_(theirs, 1 - decay)
+        for mine, theirs in zip(self.model.buffers(), student.buffers()):
+            mine.copy_(theirs)  # batch-norm statistics are moving averages already
+
+
+# ----------------------------------------------------------------------------------------------
+# 7. Augmentation: one weak and two strong views of the same crop
+#
+# The weak view is easy, so its prediction makes a good target. The strong views show the same
+# pixels with other colours, so that consistency has something to learn. Geometry is shared.
+# ----------------------------------------------------------------------------------------------
+
+
+def fit_size(height: int, width: int, scale: float) -> list[int]:
+    """Rounds as the authors' data pipeline does."""
+    return [int(height * scale + 0.5), int(width * scale + 0.5)]
+
+
+def random_size(height: int, width: int, cfg: Config) -> list[int]:
+    """A random size for an image, keeping its aspect; r is uniform in [scale_min, scale_max].
+
+    With `fit`, the largest within (4 crop r) x (crop r), long and short side; otherwise the long
+    side becomes r times itself, a whole number.
+    """
+    long, short = max(height, width), min(height, width)
+    if cfg.fit:
+        r = float(torch.empty(()).uniform_(cfg.scale_min, cfg.scale_max))
+        return fit_size(height, width, min(4 * cfg.crop * r / long, cfg.crop * r / short))
+    low, high = int(cfg.scale_min * long), int(cfg.scale_max * long)
+    return fit_size(height, width, int(torch.randint(low, high + 1, ())) / long)
+
+
+def weak_view(image: torch.Tensor, mask: torch.Tensor, cfg: Config):
+    """Random scale, crop and flip: uint8 [3, ., .], [., .] -> [3, crop, crop], [crop, crop].
+
+    A small image is padded at the right and bottom: black, mask IGNORE.
+    """
+    crop, size = cfg.crop, random_size(*mask.shape, cfg)
+    image = VF.resize(image, size, antialias=True)
+    # Careful: torchvision's NEAREST is off by half a pixel; NEAREST_EXACT is PIL's.
+    mask = VF.resize(mask[None], size, interpolation=v2.InterpolationMode.NEAREST_EXACT)
+    pad = [0, 0, max(crop - size[1], 0), max(crop - size[0], 0)]  # left, top, right, bottom
+    image, mask = VF.pad(image, pad, fill=0), VF.pad(mask, pad, fill=IGNORE)
+    top, left = (int(torch.randint(n - crop + 1, ())) for n in image.shape[1:])
+    image, mask = (VF.crop(t, top, left, crop, crop) for t in (image, mask))
+    if torch.rand(()) < 0.5:
+        image, mask = VF.horizontal_flip(image), VF.horizontal_flip(mask)
+    return image, mask[0]
+
+
+strong_view = v2.Compose([
+    v2.RandomApply([v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)], 0.8),
+    v2.RandomGrayscale(0.2),
+    v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], 0.5),
+])
+
+
+def cutmix_box(size: int) -> torch.Tensor:
+    """A random box (top, left, bottom, right) in a crop of size x size; empty with p = 0.5."""
+    if torch.rand(()) < 0.5:
+        return torch.zeros(4, dtype=torch.long)
+    area = float(torch.empty(()).uniform_(0.02, 0.4)) * size * size
+    while True:  # until it fits; the area is kept, so that large boxes stay as likely as small
+        ratio = float(torch.empty(()).uniform_(0.3, 1 / 0.3))
+        width, height = int(math.sqrt(area / ratio)), int(math.sqrt(area * ratio))
+        top, left = torch.randint(size, (2,)).tolist()
+        if left + width <= size and top + height <= size:
+            return torch.tensor([top, left, top + height, left + width])
+
+
+class TrainingPictures(Dataset):
+    """Item i is all that position i of a run needs: one labelled and one unlabelled image.
+
+    Order and augmentation are functions of (seed, i) alone, so a run is the same with any number
+    of workers, and a resumed run goes on where it stopped. Each list is shuffled anew whenever it
+    has been gone through; the labelled one, being short, comes round more often.
+    """
+
+    def __init__(self, folder, labelled: list, unlabelled: list, cfg: Config, length: int):
+        self.folder, self.cfg, self.length = folder, cfg, length
+        self.lists = {"labelled": labelled, "unlabelled": unlabelled}
+
+    def __len__(self):
+        return self.length
+
+    def pick(self, which: str, i: int):
+        """Entry i of the endless, per-epoch shuffled list `which`."""
+        entries = self.lists[which]
+        epoch, place = divmod(i, len(entries))
+        order = np.random.default_rng([self.cfg.seed, which == "labelled", epoch])
+        return entries[order.permutation(len(entries))[place]]
+
+    def __getitem__(self, i: int) -> dict:
+        cfg = self.cfg
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg.seed * 1_000_003 + i)
+            entry = self.pick("labelled", i)
+            x, y = weak_view(self.folder.image(entry), self.folder.mask(entry), cfg)
+            item = dict(x=x, y=y, files=str(entry[0]))
+            if self.lists["unlabelled"]:
+                entry = self.pick("unlabelled", i)
+                image = self.folder.image(entry)
+                blank = torch.zeros(image.shape[1:], dtype=torch.uint8)
+                w, blank = weak_view(image, blank, cfg)
+                item.update(
+                    w=w, s1=strong_view(w), s2=strong_view(w), padding=blank == IGNORE,
+                    box1=cutmix_box(cfg.crop), box2=cutmix_box(cfg.crop), files=f"{item['files']} {entry[0]}")
+        return item
+
+
+def normalize(images: torch.Tensor, cfg: Config) -> torch.Tensor:
+    """uint8 [..., 3, H, W] -> float, by the statistics the model was trained with."""
+    mean, std = IMAGENET_STATS if cfg.authors_clip or cfg.conv_skip else CLIP_STATS
+    # On the training device, after the copy: bytes are a quarter of the traffic.
+    return VF.normalize(images.float() / 255, mean, std)
+
+
+# ----------------------------------------------------------------------------------------------
+# 8. Consistency: what should the student say about an image without a mask? (paper: 3.1, 3.4)
+# ----------------------------------------------------------------------------------------------
+
+
+class Targets(NamedTuple):
+    """What the unlabelled images are taught, per pixel; all [B, H, W]. They travel together."""
+
+    label: torch.Tensor  # pseudo-label of the teacher
+    confidence: torch.Tensor  # its probability
+    padding: torch.Tensor  # True where there is no image
+    guide: torch.Tensor  # label of the frozen CLIP, or IGNORE
+
+    def shares(self, conf: float) -> dict:
+        """For the log: which part of the pixels has a pseudo-label, a guidance label."""
+        pixels = (~self.padding).sum().clamp(min=1)
+        kept = (self.confidence >= conf) & ~self.padding
+        return dict(kept=float(kept.sum() / pixels),
+                    guided=float((self.guide != IGNORE).sum() / pixels))
+
+
+@torch.no_grad()
+def make_targets(teacher, guidance, w, padding) -> Targets:
+    """Pseudo-labels and guidance labels (`guidance` may be None) of weak views w [B, 3, H, W].
+
+    padding [B, H, W] is True where there is no image.
+    """
+    confidence, label = teacher(w).float().softmax(1).max(1)
+    guide = guidance.labels(w) if guidance else torch.full_like(label, IGNORE)
+    return Targets(label, confidence, padding, guide.masked_fill(padding, IGNORE))
+
+
+def cutmix(images: torch.Tensor, targets: Targets, box: torch.Tensor):
+    """Pastes each image's box [B, 4] from its partner, with everything known about those pixels.
+
+    The partner is the image at the mirrored place of the batch, so that each image is loaded and
+    predicted once. A batch of one is its own partner: then nothing changes.
+    """
+    rows = torch.arange(images.shape[2], device=images.device)[None, :, None]
+    cols = torch.arange(images.shape[3], device=images.device)[None, None, :]
+    top, left, bottom, right = box.view(-1, 4, 1, 1).unbind(1)
+    inside = (rows >= top) & (rows < bottom) & (cols >= left) & (cols < right)  # [B, H, W]
+    mixed = Targets(*(torch.where(inside, t.flip(0), t) for t in targets))
+    return torch.where(inside.unsqueeze(1), images.flip(0), images), mixed
+
+
+def supervised_loss(logits, y):
+    """Cross-entropy of logits [B, N, H, W] and masks y [B, H, W], mean over labelled pixels."""
+    loss = F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="sum")
+    return loss / (y != IGNORE).sum().clamp(min=1)  # never 0/0: a crop may hold no label at all
+
+
+def consistency_loss(logits, targets: Targets, conf: float = 0.95, weighting: str = "pixel"):
+    """Cross-entropy against pseudo-labels, over all pixels that are not padding.
+
+    logits [B, N, H, W]. "pixel" keeps confident pixels only; "mean" weighs every pixel by its
+    image's mean confidence; "share" by the share of its pixels that are confident. The divisor
+    counts kept and dropped pixels alike, so unsure images have a small say.
+    """
+    valid = ~targets.padding
+    loss = F.cross_entropy(logits, targets.label, reduction="none")  # [B, H, W]
+    weight = targets.confidence if weighting == "mean" else (targets.confidence >= conf).float()
+    if weighting != "pixel":
+        pixels = valid.sum((1, 2), keepdim=True).clamp(min=1)
+        weight = (weight * valid).sum((1, 2), keepdim=True) / pixels  # [B, 1, 1]
+    return (loss * weight * valid).sum() / valid.sum().clamp(min=1)
+
+
+def guidance_loss(logits, targets: Targets):
+    """Cross-entropy against the frozen CLIP's labels, divided by ALL pixels: where CLIP is
+    rarely sure, it has little to say."""
+    loss = F.cross_entropy(logits, targets.guide, ignore_index=IGNORE, reduction="sum")
+    return loss / targets.guide.numel()
+
+
+def semivl_loss(student, x, y, views, cfg: Config, guidance_weight: float) -> dict:
+    """One forward of the student and all seven losses (paper, eq. 1-6).
+
+    Args:
+        x, y: labelled images [B, 3, H, W] and masks [B, H, W].
+        views: [(s1, targets), (s2, targets), (w, targets)]; the features of the last one are
+            perturbed. Empty without unlabelled images.
+    Returns:
+        dict of scalars: "total" to minimise, and its parts.
+    """
+    images = torch.cat([x] + [view for view, _ in views])
+    logits = student(images, perturb=len(x) if views else 0).float().split(len(x))
+    losses = {"x": supervised_loss(logits[0], y)}
+    if not views:
+        return losses | {"total": losses["x"]}
+
+    consistency = guidance = 0.0
+    for name, weight, view_logits, (_, targets) in zip(
+        ("s1", "s2", "fp"), (0.25, 0.25, 0.5), logits[1:], views
+    ):
+        losses[name] = consistency_loss(view_logits, targets, cfg.conf, cfg.weighting)
+        losses[f"guide_{name}"] = guidance_loss(view_logits, targets)
+        consistency = consistency + weight * losses[name]
+        guidance = guidance + weight * losses[f"guide_{name}"]
+    losses["total"] = (losses["x"] + consistency) / 2 + guidance_weight * guidance
+    return losses
+
+
+# ----------------------------------------------------------------------------------------------
+# 9. Evaluation: sliding window, one confusion matrix, mIoU
+# ----------------------------------------------------------------------------------------------
+
+
+def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
+    """Where windows start along a side of `size` pixels.
+
+    "logits" (mmsegmentation): the last window is moved back inside. "probabilities" (UniMatch on
+    Cityscapes): windows start at every multiple of the stride and are cut off at the edge.
+    """
+    if mode == "probabilities":
+        return list(range(0, size, stride))
+    last = max(size - window, 0)
+    return [min(i * stride, last) for i in range(math.ceil(last / stride) + 1)]
+
+
+@torch.no_grad()
+def sliding_window(model, images, window: int, stride: int, mode: str = "logits"):
+    """Mean over overlapping windows of logits or of probabilities: [B, 3, H, W] -> [B, N, H, W].
+
+    The ViT has its best position embedding at the size it was trained on; larger images are
+    therefore looked at in pieces of that size.
+    """
+    B, _, H, W = images.shape
+    total, count = 0.0, images.new_zeros(1, 1, H, W)
+    for top in window_starts(H, window, stride, mode):
+        for left in window_starts(W, window, stride, mode):
+            part = (..., slice(top, top + window), slice(left, left + window))
+            logits = model(images[part]).float()
+            if not torch.is_tensor(total):
+                total = logits.new_zeros(B, logits.shape[1], H, W)
+            total[part] += logits.softmax(1) if mode == "probabilities" else logits
+            count[part] += 1
+    return total / count
+
+
+def segment(model, image: torch.Tensor, cfg: Config, device) -> torch.Tensor:
+    """The data set's test protocol for one uint8 image [3, H, W] -> scores [N, H, W]."""
+    H, W = image.shape[1:]
+    if cfg.fit:  # the short side becomes the window's, whatever the long one does
+        image = VF.resize(image, fit_size(H, W, cfg.crop / min(H, W)), antialias=True)
+    images = normalize(image[None].to(device), cfg)
+    with autocast(cfg, device):
+        scores = sliding_window(model, images, cfg.crop, cfg.stride, cfg.window)
+    return F.interpolate(scores, (H, W), mode="bilinear", align_corners=True)[0]
+
+
+def confusion_matrix(prediction, target, classes: int) -> torch.Tensor:
+    """Pixel counts [N, N], rows truth, columns prediction; target IGNORE is left out."""
+    known = target != IGNORE
+    pairs = classes * target[known].long() + prediction[known].long()
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+
+def iou_per_class(matrix: torch.Tensor) -> torch.Tensor:
+    """Confusion matrix [N, N] -> TP / (TP + FP + FN) in percent [N]; NaN for a class that occurs
+    neither in truth nor in prediction (mIoU is the `nanmean`)."""
+    hit = matrix.diag().double()
+    return 100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)  # 0 / 0 is NaN
+
+
+def evaluate(model, folder, entries, cfg: Config, device, title="evaluate") -> torch.Tensor:
+    """IoU per class [N], percent, of a model over images with masks."""
+    matrix = torch.zeros(len(folder.classes), len(folder.classes), dtype=torch.long)
+    for entry in tqdm(entries, desc=title, leave=False, disable=None):
+        prediction = segment(model, folder.image(entry), cfg, device).argmax(0).cpu()
+        matrix += confusion_matrix(prediction, folder.mask(entry), len(folder.classes))
+    return iou_per_class(matrix)
+
+
+# ----------------------------------------------------------------------------------------------
+# 10. Building the model, and the authors' checkpoints
+# ----------------------------------------------------------------------------------------------
+
+
+def autocast(cfg: Config, device: torch.device):
+    """bf16 for matrix products, float32 for softmax, norms and losses (torch's own lists)."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    enabled = cfg.precision == "bf16" or (cfg.precision == "auto" and bf16)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def assemble(cfg: Config, visual, text: torch.Tensor, conv_weights: str = "none") -> SemiVL:
+    """The model that the settings describe, around a visual tower and the classes' text [N, E]."""
+    side = cfg.crop // visual.conv1.kernel_size[0]
+    clip = DenseCLIP(visual, (side, side), cfg.authors_clip, from_imagenet=cfg.conv_skip)
+    spatial_fine_tuning(clip, cfg.finetune)
+    conv = data_prep.conv_encoder(conv_weights) if cfg.conv_skip else None
+    if cfg.decoder == "vision":
+        decoder = VisionDecoder(clip.embed_dim, clip.width, len(text))
+    elif conv is None:
+        decoder = LanguageGuidedDecoder(clip.embed_dim, (clip.width, clip.width))
+    else:
+        decoder = LanguageGuidedDecoder(clip.embed_dim, (clip.width, 256), (32, 32))
+    return SemiVL(clip, decoder, text, conv)
+
+
+# What the authors call things, and what we do; replaced in this order.
+AUTHORS_NAMES = {
+    "module.": "", "decode_head.layers": "decoder.semantic", "decode_head.conv1": "decoder.lift",
+    "transformer.ffn.layers.0.0": "layer.linear1", "transformer.ffn.layers.1": "layer.linear2",
+    "transformer.attn.attn": "layer.self_attn", "transformer.ln": "layer.norm",
+    "aspp_convs.4.gap.1": "pooled.0", "aspp_convs.4.gap.2": "pooled.1", "aspp_convs": "branches",
+    "up1.conv.3": "up1.convs.1.0", "up1.conv.4": "up1.convs.1.1", "up1.conv.": "up1.convs.0.",
+    "up2.conv.3": "up2.convs.1.0", "up2.conv.4": "up2.convs.1.1", "up2.conv.": "up2.convs.0.",
+    "decode_head": "decoder", "conv_encoder.stem.7": "conv.bn1", "conv_encoder.stem": "conv.conv1",
+    "conv_encoder": "conv", "backbone.ln0": "clip.visual.ln_pre",
+    "backbone.ln1": "clip.visual.ln_post", "backbone.cls_token": "clip.visual.class_embedding",
+    "backbone.pos_embed": "clip.visual.positional_embedding",
+    "backbone.patch_embed.projection": "clip.visual.conv1",
+    "backbone.proj.weight": "clip.visual.proj",
+    "backbone.layers": "clip.visual.transformer.resblocks", "attn.attn": "attn", ".ln1": ".ln_1",
+    ".ln2": ".ln_2", "ffn.layers.0.0": "mlp.c_fc", "ffn.layers.1": "mlp.c_proj",
+}
+
+
+def load_authors_checkpoint(state_dict: dict, text: torch.Tensor, heads: int | None = None):
+    """The authors' weights as a SemiVL model, in eval mode, with the CLIP settings they need.
+
+    Args:
+        state_dict: the "model" entry of their file; `clip_encoder.*` (the frozen CLIP) is ignored.
+        text: [N, 512], one embedding a class (section 2), normalised or not.
+        heads: of the ViT; its width / 64 unless given.
+
+        file = torch.load("best.pth", map_location="cpu", weights_only=True)
+        model = load_authors_checkpoint(file["model"], text)
+    """
+    weights = {}
+    for key, tensor in state_dict.items():
+        if "clip_encoder." not in key:
+            for theirs, ours in AUTHORS_NAMES.items():
+                key = key.replace(theirs, ours)
+            weights[key.removeprefix("clip.visual.")] = tensor
+    try:
+        weights["class_embedding"] = weights["class_embedding"].flatten()
+        weights["positional_embedding"] = weights["positional_embedding"][0]
+        weights["proj"] = weights["proj"].flatten(1).T  # a 1 x 1 convolution [E, D, 1, 1]
+        width, _, P, _ = weights["conv1.weight"].shape
+    except KeyError as missing:
+        raise UserError(f"not a SemiVL checkpoint of the authors: no {missing}") from None
+    side = math.isqrt(len(weights["positional_embedding"]) - 1) * P
+    vit = open_clip.transformer.VisionTransformer(
+        image_size=side, patch_size=P, width=width, heads=heads or width // 64, mlp_ratio=4.0,
+        layers=sum("mlp.c_fc.weight" in key for key in weights), output_dim=weights["proj"].shape[1])
+    cfg = Config(crop=side, authors_clip=True, conv_skip="conv.bn1.weight" in weights)
+    model = assemble(cfg, vit, F.normalize(text.float(), dim=1))
+    own = ("decoder.", "conv.")
+    weights = {k if k.startswith(own) else f"clip.visual.{k}": v for k, v in weights.items()}
+    try:
+        model.load_state_dict(weights | {"text": model.text})
+    except RuntimeError as error:
+        raise UserError(f"not a SemiVL checkpoint that this program knows: {error}") from None
+    return model.eval()
+
+
+# ----------------------------------------------------------------------------------------------
+# 11. Training
+# ----------------------------------------------------------------------------------------------
+
+
+def learning_rate(base: float, step: int, steps: int) -> float:
+    """Polynomial decay; steps 0 and 1 both run at the base rate, as in the authors' code."""
+    return base * (1 - max(step - 1, 0) / steps) ** 0.9
+
+
+def make_optimizer(student: SemiVL, cfg: Config) -> torch.optim.AdamW:
+    """AdamW with two rates: the decoder starts from nothing, the ViT must not run away."""
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    decoder = [p for name, p in trained.items() if name.startswith("decoder.")]
+    vit = [p for name, p in trained.items() if not name.startswith("decoder.")]
+    groups = [dict(params=decoder, lr=cfg.lr, base_lr=cfg.lr),
+              dict(params=vit, lr=cfg.vit_lr, base_lr=cfg.vit_lr)]
+    return torch.optim.AdamW(groups, weight_decay=cfg.weight_decay)
+
+
+class Training:
+    """A run: student, EMA teacher, frozen guidance, optimiser, data, and the step they take."""
+
+    def __init__(self, cfg: Config, folder: data_prep.Folder, device: torch.device):
+        torch.manual_seed(cfg.seed)
+        clip = data_prep.load_clip(cfg.clip, cfg.clip_tag, cfg.clip_weights, cfg.root)
+        language = describe_classes(clip, folder.classes, cfg)
+        # The text tower has done its work; from here on only the visual one is kept.
+        student = assemble(cfg, clip.visual, language.text, cfg.conv_weights)
+        self.cfg, self.folder, self.device = cfg, folder, device
+        self.student = student.to(device).train()
+        frozen = copy_trained(self.student.clip)  # CLIP as it is before the first step
+        self.frozen_names = FrozenGuidance(
+            frozen, language.names, torch.arange(len(language.names))).to(device)
+        self.guidance = FrozenGuidance(
+            frozen, language.concepts, language.owner, cfg.guidance_conf).to(device)
+        self.teacher = EMATeacher(self.student, cfg.ema)
+        self.optimizer = make_optimizer(self.student, cfg)
+        epoch = len(folder.unlabelled if cfg.unlabeled else folder.labelled)
+        self.steps = cfg.steps or math.ceil(cfg.epochs * epoch / cfg.batch)
+        self.step, self.best = 0, -1.0
+
+    def batches(self) -> DataLoader:
+        """The batches from the present step to the last."""
+        cfg, folder = self.cfg, self.folder
+        unlabelled = folder.unlabelled if cfg.unlabeled else []
+        length = self.steps * cfg.batch
+        return DataLoader(
+            TrainingPictures(folder, folder.labelled, unlabelled, cfg, length), cfg.batch,
+            sampler=range(self.step * cfg.batch, length), num_workers=cfg.workers,
+            persistent_workers=cfg.workers > 0, pin_memory=self.device.type == "cuda")
+
+    def train_step(self, batch: dict) -> dict:
+        """One optimiser step on `cfg.batch` labelled and as many unlabelled images.
+
+        Returns scalars for the log. A loss that is not finite ends the run before it does harm.
+        """
+        cfg, m = self.cfg, self.cfg.micro_batch
+        torch.manual_seed(cfg.seed * 1_000_003 + self.step)  # so a resumed run drops the same maps
+        chunks = [slice(i, i + m) for i in range(0, cfg.batch, m)]
+        guidance_weight = cfg.guidance * (1 - self.step / self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(group["base_lr"], self.step, self.steps)
+        data = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if k != "files"}
+        x, y = normalize(data["x"], cfg), data["y"].long()
+
+        # Pseudo-labels and guidance from the weak view; CutMix carries them into the strong ones.
+        views, log = [], {}
+        if cfg.unlabeled:
+            w, s1, s2 = (normalize(data[name], cfg) for name in ("w", "s1", "s2"))
+            guidance = self.guidance if cfg.guidance else None
+            with autocast(cfg, self.device):
+                parts = [make_targets(self.teacher, guidance, w[c], data["padding"][c])
+                         for c in chunks]
+            targets = Targets(*map(torch.cat, zip(*parts)))
+            views = [cutmix(s1, targets, data["box1"]), cutmix(s2, targets, data["box2"]),
+                     (w, targets)]
+            log = targets.shares(cfg.conf)
+
+        # Student: the gradients of equal micro-batches add up to that of their mean.
+        for c in chunks:
+            part = [(view[c], Targets(*(t[c] for t in targets))) for view, targets in views]
+            with autocast(cfg, self.device):
+                losses = semivl_loss(self.student, x[c], y[c], part, cfg, guidance_weight)
+            (losses["total"] / len(chunks)).backward()
+            for name, loss in losses.items():
+                log[name] = log.get(name, 0.0) + float(loss.detach()) / len(chunks)
+        if not math.isfinite(log["total"]):
+            raise UserError(f"step {self.step}: the loss is {log['total']}, so the run stops. "
+                            f"Lower --lr, or look at these files: {' '.join(batch['files'])}")
+
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.teacher.update(self.student, self.step)
+        self.step += 1
+        return log
+
+    def evaluate(self, model: nn.Module, entries: list, title: str) -> torch.Tensor:
+        """IoU per class [N], percent, of teacher, student or frozen CLIP."""
+        return evaluate(model.eval(), self.folder, entries, self.cfg, self.device, title)
+
+    def save(self, file: Path, resumable: bool) -> None:
+        """Writes the teacher, and with `resumable` everything the next step depends on."""
+        content = dict(config=dataclasses.asdict(self.cfg), classes=self.folder.classes,
+                       step=self.step, best=self.best, model=self.teacher.model.state_dict())
+        if resumable:
+            # The student's frozen tensors are the teacher's; they need not be written twice.
+            frozen = {name for name, p in self.student.named_parameters() if not p.requires_grad}
+            student = {k: v for k, v in self.student.state_dict().items() if k not in frozen}
+            content |= dict(student=student, optimizer=self.optimizer.state_dict(),
+                            labelled=self.folder.labelled)
+        temporary = file.with_suffix(".tmp")
+        torch.save(content, temporary)
+        temporary.replace(file)  # atomic: a kill or a full disk leaves the old file whole
+
+    def restore(self, content: dict) -> None:
+        """Goes on from what `save(resumable=True)` wrote."""
+        self.teacher.model.load_state_dict(content["model"])
+        self.student.load_state_dict(content["model"] | content["student"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.step, self.best = content["step"], content["best"]
+
+
+def train(cfg: Config, resume: dict | None = None) -> None:
+    """A whole run: build or resume, check frozen CLIP, train, evaluate, test."""
+    if cfg.batch % cfg.micro_batch:
+        raise UserError(f"--batch {cfg.batch}: must be a multiple of --micro-batch {cfg.micro_batch}")
+    folder = open_data(cfg, resume and resume["labelled"])
+    run = Training(cfg, folder, data_prep.pick_device(cfg.device))
+    if resume:
+        run.restore(resume)
+    else:
+        cfg.out = str(data_prep.new_run(cfg.out, f"{Path(cfg.dataset).name}-{cfg.labels}"))
+        data_prep.write_json(f"{cfg.out}/config.json", dataclasses.asdict(cfg))
+        data_prep.write_list(f"{cfg.out}/labeled.txt", folder.labelled)
+        shutil.copy(__file__, cfg.out)
+    print(data_prep.describe_run(run), flush=True)
+    if not run.step:  # the sanity check that CLIP's weights and the class names are right
+        few = folder.val[:100]
+        names, definitions = (float(run.evaluate(model, few, "frozen CLIP").nanmean())
+                              for model in (run.frozen_names, run.guidance))
+        print(f"frozen     {names:.1f} mIoU by class names, {definitions:.1f} by definitions: CLIP "
+              f"before training, {len(few)} validation images", flush=True)
+
+    every, out = max(1, run.steps // cfg.evals), Path(cfg.out)
+    bar = tqdm(run.batches(), "train", run.steps, initial=run.step, disable=None)
+    with open(out / "log.jsonl", "a") as log:
+        for batch in bar:
+            run.student.train()
+            line = run.train_step(batch)
+            bar.set_postfix(loss=f"{line['total']:.3f}", kept=f"{line.get('kept', 0):.2f}")
+            line |= dict(step=run.step, lr=[group["lr"] for group in run.optimizer.param_groups])
+            if run.step % every == 0 or run.step == run.steps:
+                last = float(run.evaluate(run.teacher.model, folder.val, "validation").nanmean())
+                if last > run.best:
+                    run.best = last
+                    run.save(out / "best.pt", resumable=False)
+                run.save(out / "last.pt", resumable=True)
+                tqdm.write(f"step {run.step:<5} loss {line['total']:.3f}  validation mIoU "
+                           f"{last:.1f} (best {run.best:.1f})")
+                line |= dict(val_miou=last, best=run.best)
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+    finish(run, out)
+
+
+def finish(run: Training, out: Path) -> None:
+    """Table per class on the test images (validation ones if there are none), contact sheet."""
+    folder, classes = run.folder, list(run.folder.classes)
+    split, entries = ("test", folder.test) if folder.test else ("val", folder.val)
+    models = {"CLIP by names": run.frozen_names, "by definitions": run.guidance,
+              "SemiVL": run.teacher.model}
+    table = {name: run.evaluate(model, entries, split) for name, model in models.items()}
+    print(data_prep.iou_table(f"IoU, {split}", table, classes))
+    last = float(run.evaluate(run.teacher.model, folder.val, "validation").nanmean())
+    print(f"validation mIoU {last:.1f} at the last step, {run.best:.1f} at best")
+    result = {name: dict(miou=float(iou.nanmean()), iou=iou.tolist()) for name, iou in table.items()}
+    data_prep.write_json(out / "result.json", {"val_last": last, "val_best": run.best, split: result})
+    rows = []
+    for entry in folder.val[:: max(1, len(folder.val) // 6)][:6]:
+        image = folder.image(entry)
+        maps = (segment(m, image, run.cfg, run.device).argmax(0).cpu() for m in models.values())
+        rows.append([image, folder.mask(entry), *maps])
+    data_prep.contact_sheet(out / "sheet.png", ["image", "truth", *models], rows, classes)
+
+
+# ----------------------------------------------------------------------------------------------
+# 12. Command line
+# ----------------------------------------------------------------------------------------------
+
+
+def open_data(cfg: Config, labelled: list | None = None) -> data_prep.Folder:
+    """The folder behind --dataset, checked, with its labelled and unlabelled images."""
+    published = PUBLISHED.get(cfg.dataset, {cfg.labels: None})
+    if cfg.labels not in published:
+        raise UserError(f"--labels {cfg.labels}: the published splits of {cfg.dataset} have "
+                        f"{', '.join(map(str, published))} labelled images")
+    if cfg.dataset == "toy":
+        path = data_prep.make_toy(cfg.root)
+    else:
+        path = Path(cfg.root) / cfg.dataset if cfg.dataset in PUBLISHED else Path(cfg.dataset)
+    folder = data_prep.open_folder(path, CLASSES.get(cfg.dataset))
+    folder.choose_labelled(cfg.labels, cfg.seed, labelled)
+    if cfg.unlabeled and not folder.unlabelled:
+        raise UserError(f"{path}: no training image is left unlabelled; use --unlabeled off")
+    folder.check()
+    return folder
+
+
+def load_checkpoint(file: str) -> tuple[SemiVL, Config, dict]:
+    """A checkpoint of ours -> the EMA teacher in eval mode, its settings, all that it holds."""
+    content = data_prep.load_file(file)
+    try:
+        cfg, weights = Config(**content["config"]), content["model"]
+        visual = data_prep.empty_clip(cfg.clip).visual
+        model = assemble(cfg, visual, torch.zeros_like(weights["text"]))
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{file}: not a checkpoint of this program ({str(error)[:99]})") from None
+    return model.eval(), cfg, content
+
+
+def evaluate_checkpoint(file: str, typed: dict) -> None:
+    """`--eval`: the protocol of the checkpoint's data set on its test (or validation) images."""
+    model, cfg, content = load_checkpoint(file)
+    cfg = dataclasses.replace(cfg, **typed)
+    device, folder = data_prep.pick_device(cfg.device), open_data(cfg)
+    if list(folder.classes) != list(content["classes"]):
+        raise UserError(f"{file}: was trained on other classes than {cfg.dataset} has")
+    for split in ("val", "test"):
+        if entries := getattr(folder, split):
+            iou = evaluate(model.to(device), folder, entries, cfg, device, split)
+            print(data_prep.iou_table(f"IoU, {split}", {"SemiVL": iou}, list(folder.classes)))
+
+
+def predict(file: str, images: list[str], typed: dict) -> None:
+    """`--predict`: a palette PNG and an overlay of each picture, beside the checkpoint."""
+    model, cfg, content = load_checkpoint(file)
+    device = data_prep.pick_device(typed.get("device", cfg.device))
+    out = Path(typed.get("out") or Path(file).parent / "predictions")
+    pictures = {Path(name).stem: data_prep.read_image(name) for name in images}
+    if len(pictures) < len(images):
+        raise UserError("--predict: two of the pictures have the same name; predict them in turn")
+    for stem, image in pictures.items():
+        mask = segment(model.to(device), image, cfg, device).argmax(0).cpu()
+        found = data_prep.save_prediction(out, stem, image, mask, list(content["classes"]))
+        print(f"{out / stem}-overlay.png: {', '.join(found)}")
+
+
+def main(argv=None) -> int:
+    """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        typed, args = data_prep.parse_args(argv, Config, PRESETS)
+        cfg = dataclasses.replace(Config(), **PRESETS.get(typed.get("dataset", "toy"), {}) | typed)
+        if args.eval:
+            evaluate_checkpoint(args.eval, typed)
+        elif args.predict:
+            predict(args.predict[0], args.predict[1:], typed)
+        elif args.resume:
+            if set(typed) - {"device", "workers"}:
+                raise UserError("--resume goes on with the run's own settings; only --device and "
+                                "--workers may be given with it")
+            content = data_prep.load_file(Path(args.resume) / "last.pt")
+            train(Config(**content["config"] | typed), content)
+        else:
+            train(cfg)
+    except UserError as error:
+        print(f"semivl.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,944 @@
+"""What semivl.py guarantees, one claim a test.
+
+    pytest -q test_semivl.py
+
+The numbers below were computed once by the authors' code (google-research/semivl, commit 13ee65d,
+float32, CPU) with weights made by a formula, so that nobody has to carry a weight file.
+"""
+
+import io
+import json
+import math
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data_prep
+import semivl
+from semivl import Config, Targets
+
+IGNORE = semivl.IGNORE
+
+# ----------------------------------------------------------------------------------------------
+# Equality with the authors' code. Each array: its first 4 values, 16 values spread evenly over
+# it, the mean, the absolute maximum.
+# ----------------------------------------------------------------------------------------------
+
+ARRAYS = {
+    "skip_layer0": [0.15992, 3.27752, -0.056616, -1.702557, 0.15992, 0.467877, -1.497985,
+        1.490614, -2.886765, 1.454157, -2.06006, 1.778295, -0.191506, 0.686713, -1.330713,
+        -0.715341, 2.17066, -0.969972, 0.25479, 1.035475, -0.042709, 5.731266],
+    "skip_layer4": [-1.654189, 0.682463, -2.176073, -0.896271, -1.654189, 1.530843, -4.347634,
+        -1.780601, -3.360172, 2.096778, -2.92831, -0.977327, -0.106253, -0.425296, -2.295802,
+        3.127831, 3.445682, -2.107284, -0.646402, -0.303443, 0.091571, 9.197062],
+    "dense_embed": [0.081275, 0.097947, 0.095571, 0.078342, 0.081275, 0.028232, 0.100249,
+        -0.063952, 0.005497, 0.026015, -0.096476, -0.01425, 0.033275, -0.069387, -0.067863,
+        -0.024745, 0.053244, -0.053068, -0.012182, 0.044389, -0.001207, 0.217205],
+    "global_embed": [0.066732, -0.037101, 0.072955, -0.012894, 0.066732, 0.062985, 0.028392,
+        -0.037435, 0.038273, 0.054403, -0.058688, 0.000324, 0.030147, -0.011709, -0.056386,
+        -0.11144, 0.012528, 0.024588, -0.024457, 0.040614, 0.000366, 0.17356],
+    "sim": [0.04126, 0.014675, 0.035255, 0.023586, 0.04126, 0.043756, -0.025417, 0.02244,
+        -0.061694, -0.047915, -0.026058, -0.007713, 0.035588, 0.061302, 0.04007, -0.078713,
+        -0.03793, -0.053377, 0.033665, -0.022069, -0.015729, 0.113589],
+    "aspp_out": [0.81357, 0.873607, 0.605794, 0.725779, 0.81357, -0.037424, 1.065153, 2.411487,
+        0.034223, 1.017388, 2.046119, -0.031813, 1.954044, 2.419207, -0.009924, 0.20218,
+        2.270027, 0.010908, 0.808489, 2.441332, 0.408567, 3.742311],
+    "semantic_out": [5.665031, 5.607229, 5.221578, 5.223725, 5.665031, 5.924078, -0.677004,
+        6.856942, 5.235291, -4.320525, -1.76364, 0.653395, -0.435463, 2.397645, 4.085968,
+        8.879656, -1.087491, -0.856027, 0.810419, 11.334358, 1.499726, 12.951447],
+    "dec_lowres": [0.286775, 0.415613, 0.101565, 0.362099, 0.286775, 1.015524, 0.337099,
+        -0.186425, 1.0006, 0.34767, -0.178846, 0.982571, 0.356307, 0.192351, 0.488941, 0.44261,
+        0.209426, -0.417706, 0.437569, 0.208606, 0.431636, 1.725022],
+    "logits": [0.286775, 0.286775, 0.302879, 0.335089, 0.286775, 0.869999, 0.295526, -0.186425,
+        0.880205, 0.302807, -0.178846, 0.849566, 0.256424, 0.192351, 0.380143, 0.298598,
+        0.209426, 0.31663, 0.29749, 0.208606, 0.431636, 1.542125],
+    "odd skip_layer0": [-3.736178, 0.057633, 1.988632, 1.797632, -3.736178, 1.200531,
+        -0.104853, 1.496668, 1.240249, -1.068947, 3.359379, 0.875451, -0.812522, -0.337124,
+        -1.369062, 1.303784, -3.991397, -1.536647, 0.860699, -0.050145, -0.0582, 5.80963],
+    "odd skip_layer4": [-1.350434, -0.455502, -0.564709, 0.109231, -1.350434, 4.013179,
+        -3.63347, -0.359648, 1.020209, -1.215565, -0.773783, -1.375085, 1.29303, -0.197985,
+        -2.268917, -1.906586, -5.260629, 2.79941, -3.438032, 2.29666, 0.08356, 9.356159],
+    "odd dense_embed": [0.037555, 0.079493, 0.036488, 0.048466, 0.037555, 0.090814, 0.033361,
+        0.011346, 0.070169, -0.041965, -0.029592, -0.048963, 0.01016, 0.03985, 0.024115,
+        -0.035525, -0.103491, -0.005041, -0.028557, 0.029369, -0.000461, 0.193704],
+    "certainty": [0.976819, 0.976819, 0.976819, 0.976819, 0.976819, 0.963199, 0.837806,
+        0.638957, 0.689342, 0.818689, 0.944212, 0.650537, 0.84889, 0.581812, 0.696046, 0.9932,
+        0.763897, 0.897844, 0.72144, 0.895673, 0.761447, 0.99844],
+    "cityscapes skip4": [-1.693422, 0.454151, -2.100168, -0.987981, -1.693422, 1.741158,
+        -4.500303, -1.687726, -3.290023, 1.976764, -2.97368, -1.057912, 0.035762, -0.263389,
+        -2.26737, 2.977394, 3.361702, -2.468182, -0.874962, -0.27655, 0.085328, 8.992495],
+    "cityscapes embed": [0.081042, 0.097754, 0.093204, 0.078673, 0.081042, 0.026623, 0.098807,
+        -0.060205, 0.005449, 0.029585, -0.093857, -0.014842, 0.030355, -0.074688, -0.062177,
+        -0.022469, 0.053919, -0.052972, -0.012568, 0.047792, -0.001189, 0.218271],
+    "cityscapes conv": [0.226451, 0.145112, 0.044765, 0.100693, 0.226451, 0.374879, 0, 0.22077,
+        0.887478, 1.537844, 0.044439, 0, 1.770502, 0, 0, 0.279906, 0.003025, 0.695469,
+        0.381912, 0.263131, 0.53414, 3.460292],
+    "cityscapes logits": [0.29533, 0.29533, 0.290421, 0.280603, 0.29533, 1.001029, 0.538707,
+        0.444519, 0.835652, 0.542196, 0.441757, 0.967453, 0.965631, 0.427115, 0.919696,
+        0.942818, 0.441149, 0.984392, 0.947467, 0.437799, 0.819211, 2.088953],
+    "window average": [0.028309, 0.028309, 0.037568, 0.056085, 0.028309, 0.117839, -0.114586,
+        0.103002, 0.102513, -0.086269, 0.103278, 0.103999, -0.060985, 0.142996, 0.104738,
+        -0.079491, 0.108828, 0.105471, -0.098477, 0.110517, 0.400172, 1.48099],
+}
+
+STEP = {  # confidence threshold, factor on the last layer -> losses, gradient norms by group
+    (0.2068093, 1): (
+        dict(x=1.60975146, s1=0.4183915, s2=0.4470166, fp=0.4491525, guide_s1=0.98458409,
+             guide_s2=0.92940021, guide_fp=0.92866051, total=1.09605193),
+        {"clip": 0.017652061, "clip.0": 0.0048057933, "clip.1": 0.0058120814,
+         "clip.2": 0.0069290205, "clip.3": 0.0067981709, "clip.4": 0.0052575254,
+         "clip.5": 0.0046670007, "clip.6": 0.004630072, "clip.7": 0.0043798839,
+         "clip.8": 0.0043670068, "clip.9": 0.003800888, "clip.10": 0.0047002005,
+         "clip.11": 0.0038282397, "position": 0.00042969495, "decoder": 0.086523607,
+         "aspp": 0.054678645, "lift": 0.014191754, "head.weight": 0.010709017,
+         "semantic.0": 0.016013566, "semantic.1": 0.0077650407, "skip_proj.0": 0.0059577831,
+         "skip_proj.1": 0.0088701337, "text_proj": 0.0012432233, "up1": 0.051715318,
+         "up2": 0.032765335}),
+    (0.5, 40): (
+        dict(x=1.97758615, s1=0.27375245, s2=0.27928621, fp=0.29215267, guide_s1=1.30710077,
+             guide_s2=1.21624279, guide_fp=1.07721031, total=1.21866918),
+        {"clip": 1.506902, "clip.0": 0.44417033, "clip.1": 0.55804146, "clip.2": 0.54600044,
+         "clip.3": 0.53144125, "clip.4": 0.4476859, "clip.5": 0.45936393, "clip.6": 0.40365826,
+         "clip.7": 0.36935885, "clip.8": 0.37864082, "clip.9": 0.30105445, "clip.10": 0.37523044,
+         "clip.11": 0.30763699, "position": 0.035567643, "decoder": 5.2383538, "aspp": 3.6146547,
+         "lift": 1.0677787, "head.weight": 0.014104485, "semantic.0": 1.1637347,
+         "semantic.1": 0.54981879, "skip_proj.0": 0.27798519, "skip_proj.1": 0.55270086,
+         "text_proj": 0.070770467, "up1": 2.8920327, "up2": 1.6810939}),
+}
+
+
+def authors_shapes(cityscapes: bool) -> dict[str, tuple]:
+    """Names and shapes of an authors' checkpoint: ViT of width 64, full-size decoder."""
+    D, E, C = 64, 512, 128
+    shapes = {"backbone.cls_token": (1, 1, D), "backbone.pos_embed": (1, 65, D),
+              "backbone.patch_embed.projection.weight": (D, 3, 16, 16),
+              "backbone.proj.weight": (E, D, 1, 1)}
+
+    def layer(name, c_out, *rest, bias=True):
+        shapes[f"{name}.weight"] = (c_out, *rest)
+        if bias:
+            shapes[f"{name}.bias"] = (c_out,)
+
+    def batch_norm(name, c):
+        layer(name, c)
+        shapes.update({f"{name}.running_mean": (c,), f"{name}.running_var": (c,),
+                       f"{name}.num_batches_tracked": ()})
+
+    def transformer(name, D, hidden):
+        for norm in ("ln1", "ln2"):
+            layer(f"{name}.{norm}", D)
+        shapes[f"{name}.attn.attn.in_proj_weight"] = (3 * D, D)
+        shapes[f"{name}.attn.attn.in_proj_bias"] = (3 * D,)
+        layer(f"{name}.attn.attn.out_proj", D, D)
+        layer(f"{name}.ffn.layers.0.0", hidden, D)
+        layer(f"{name}.ffn.layers.1", D, hidden)
+
+    for norm in ("ln0", "ln1"):
+        layer(f"backbone.{norm}", D)
+    for i in range(12):
+        transformer(f"backbone.layers.{i}", D, 4 * D)
+
+    head = "decode_head."
+    layer(head + "conv1", C, 1, 7, 7)
+    for i in range(4):
+        layer(f"{head}aspp.aspp_convs.{i}.0", C, C, *([1, 1] if i == 0 else [3, 3]), bias=False)
+        layer(f"{head}aspp.aspp_convs.{i}.1", C)
+    layer(head + "aspp.aspp_convs.4.gap.1", C, C, 1, 1, bias=False)
+    layer(head + "aspp.aspp_convs.4.gap.2", C)
+    layer(head + "aspp.project.0", C, 5 * C, 1, 1, bias=False)
+    layer(head + "aspp.project.1", C)
+    for i in range(2):
+        transformer(f"{head}layers.{i}.transformer", 2 * C, 4 * C)
+    layer(head + "text_proj.0", C, E)
+    skip, dim = (32, 256) if cityscapes else (16, D)
+    layer(head + "skip_proj.0.0", 32, D, 3, 3)
+    layer(head + "skip_proj.1.0", skip, dim, 3, 3)
+    for stage, c_in, c_skip, c_out in (("up1", C, 32, 64), ("up2", 64, skip, 32)):
+        shapes[f"{head}{stage}.up.weight"] = (c_in, c_in - c_skip, 2, 2)
+        shapes[f"{head}{stage}.up.bias"] = (c_in - c_skip,)
+        layer(f"{head}{stage}.conv.0", c_out, c_in, 3, 3, bias=False)
+        layer(f"{head}{stage}.conv.1", c_out)
+        layer(f"{head}{stage}.conv.3", c_out, c_out, 3, 3, bias=False)
+        layer(f"{head}{stage}.conv.4", c_out)
+    layer(head + "head", 1, 32, 3, 3)
+
+    if cityscapes:
+        for i, (c_in, c_out) in enumerate(((3, 32), (32, 32), (32, 64))):
+            layer(f"conv_encoder.stem.{3 * i}", c_out, c_in, 3, 3, bias=False)
+            batch_norm(f"conv_encoder.stem.{3 * i + 1}", c_out)
+        for i in range(3):
+            block = f"conv_encoder.layer1.{i}."
+            for j, shape in enumerate(((64, 256 if i else 64, 1), (64, 64, 3), (256, 64, 1)), 1):
+                layer(f"{block}conv{j}", shape[0], shape[1], shape[2], shape[2], bias=False)
+                batch_norm(f"{block}bn{j}", shape[0])
+        layer("conv_encoder.layer1.0.downsample.0", 256, 64, 1, 1, bias=False)
+        batch_norm("conv_encoder.layer1.0.downsample.1", 256)
+    return shapes
+
+
+def authors_state(cityscapes=False) -> dict[str, torch.Tensor]:
+    """The weights: normal values seeded by the tensor's name, scaled by its kind."""
+    state = {}
+    for name, shape in authors_shapes(cityscapes).items():
+        if not shape:
+            state[name] = torch.tensor(0)
+            continue
+        z = random_normal(zlib.crc32(name.encode()), shape)
+        if name.endswith("running_var"):
+            value = 1 + 0.1 * z.abs()
+        elif len(shape) == 1:
+            value = (1 + 0.1 * z) if name.endswith("weight") else 0.1 * z
+        elif name.endswith(("cls_token", "pos_embed")):
+            value = 0.5 * z
+        else:
+            value = z / np.float32(math.sqrt(math.prod(shape[1:])))
+        state[name] = value
+    return state
+
+
+def random_normal(seed: int, shape) -> torch.Tensor:
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+def unit_rows(name: bytes, rows: int) -> torch.Tensor:
+    return F.normalize(random_normal(zlib.crc32(name), (rows, 512)), dim=1)
+
+
+OWNER = torch.tensor([0, 0, 0, 1, 1, 2, 3, 4, 4])  # nine concepts of five classes
+
+
+@pytest.fixture(scope="module")
+def authors():
+    return semivl.load_authors_checkpoint(authors_state(), unit_rows(b"text", 5), heads=2)
+
+
+@pytest.fixture(scope="module")
+def cityscapes():
+    return semivl.load_authors_checkpoint(authors_state(True), unit_rows(b"text", 5), heads=2)
+
+
+def assert_golden(name: str, array: torch.Tensor, atol: float = 1e-5):
+    flat = array.detach().flatten().double()
+    spread = torch.from_numpy(np.linspace(0, len(flat) - 1, 16).astype(int))
+    values = [*flat[:4], *flat[spread], flat.mean(), flat.abs().max()]
+    np.testing.assert_allclose(np.array(values, float), ARRAYS[name], rtol=0, atol=atol, err_msg=name)
+
+
+@torch.no_grad()
+def test_every_stage_of_the_forward_pass_equals_the_authors(authors):
+    images, decoder = random_normal(7, (2, 3, 128, 128)), authors.decoder
+    dense, (skip0, skip4) = authors.clip(images)
+    similarity = decoder.similarity(dense, authors.text)
+    spatial = decoder.spatial_reasoning(similarity)
+    assert_golden("skip_layer0", skip0)
+    assert_golden("skip_layer4", skip4)
+    assert_golden("dense_embed", dense)
+    assert_golden("global_embed", authors.clip.image_embedding(images))
+    assert_golden("sim", similarity)
+    assert_golden("aspp_out", spatial.flatten(0, 1))
+    semantic = decoder.semantic_reasoning(spatial, authors.text)
+    assert_golden("semantic_out", semantic.transpose(1, 2))
+    assert_golden("dec_lowres", decoder(dense, (skip0, skip4), authors.text))
+    assert_golden("logits", authors(images))
+
+
+@torch.no_grad()
+def test_an_image_of_odd_size_is_padded_as_by_the_authors(authors):
+    dense, (skip0, skip4) = authors.clip(random_normal(7, (1, 3, 65, 55)))
+    assert dense.shape == (1, 512, 5, 4)
+    assert_golden("odd skip_layer0", skip0)
+    assert_golden("odd skip_layer4", skip4)
+    assert_golden("odd dense_embed", dense)
+
+
+@torch.no_grad()
+def test_cityscapes_variant_with_its_convolutional_skip_equals_the_authors(cityscapes):
+    images = random_normal(7, (2, 3, 128, 128))
+    dense, (_, skip4) = cityscapes.clip(images)
+    assert_golden("cityscapes skip4", skip4)
+    assert_golden("cityscapes embed", dense)
+    assert_golden("cityscapes conv", cityscapes.conv(images)[0])
+    assert_golden("cityscapes logits", cityscapes(images))
+
+
+@pytest.mark.parametrize("conf, counts, grid", [
+    (0.9, {3: 3991, 4: 5081, 255: 23696}, [3, 3, 255, 255, 3, 255, 255, 4]),
+    (0.3, {1: 337, 3: 13481, 4: 18950}, [3, 3, 3, 3, 3, 3, 4, 4]),
+])
+def test_guidance_labels_equal_the_authors(authors, conf, counts, grid):
+    guidance = semivl.FrozenGuidance(authors.clip, unit_rows(b"concepts", 9), OWNER, conf)
+    images = random_normal(7, (2, 3, 128, 128))
+    labels = guidance.labels(images)
+    assert dict(zip(*(t.tolist() for t in labels.unique(return_counts=True)))) == counts
+    assert labels[0, 0, ::16].tolist() == grid
+    assert_golden("certainty", guidance(images).softmax(1).max(1)[0])
+
+
+@pytest.mark.parametrize("variant", STEP)
+def test_losses_and_gradients_of_a_step_equal_the_authors(variant, monkeypatch):
+    conf, factor = variant
+    state = authors_state()
+    for name in ("decode_head.head.weight", "decode_head.head.bias"):
+        state[name] = state[name] * factor
+    student = semivl.load_authors_checkpoint(state, unit_rows(b"text", 5), heads=2)
+    # Feature dropout without chance: channels of odd index go, the others double.
+    monkeypatch.setattr(F, "dropout2d", lambda f, p: 2 * f * (
+        torch.arange(f.shape[1]) % 2 == 0).float()[:, None, None])
+    guidance = semivl.FrozenGuidance(
+        semivl.copy_trained(student.clip), unit_rows(b"concepts", 9), OWNER, conf=0.7)
+    x, w, s1, s2 = (random_normal(seed, (2, 3, 128, 128)) for seed in (11, 12, 13, 14))
+    y = torch.from_numpy(np.random.RandomState(15).randint(0, 5, (2, 128, 128)))
+    y[:, :8] = IGNORE
+    padding = torch.zeros(2, 128, 128, dtype=torch.bool)
+    padding[0, -16:] = True
+    box1 = torch.tensor([[64, 16, 128, 80], [0, 0, 0, 0]])
+    box2 = torch.tensor([[64, 64, 128, 128]] * 2)
+
+    targets = semivl.make_targets(semivl.EMATeacher(student, 0), guidance, w, padding)
+    views = [semivl.cutmix(s1, targets, box1), semivl.cutmix(s2, targets, box2), (w, targets)]
+    losses = semivl.semivl_loss(student, x, y, views, Config(conf=conf), guidance_weight=0.075)
+    losses["total"].backward()
+
+    expected, norms = STEP[variant]
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
+        expected, rel=0, abs=1e-5)
+    assert (views[0][1].guide == IGNORE).sum() == 12766 and (targets.guide == 4).sum() == 12364
+    for group, norm in norms.items():
+        prefix = {"clip": "clip.", "position": "clip.visual.positional_embedding",
+                  "decoder": "decoder."}.get(group, f"decoder.{group}")
+        if group.startswith("clip."):
+            prefix = f"clip.visual.transformer.resblocks.{group[5:]}."
+        square = sum(p.grad.double().square().sum() for name, p in student.named_parameters()
+                     if name.startswith(prefix) and p.grad is not None)
+        assert math.sqrt(square) == pytest.approx(norm, rel=1e-4), group
+
+
+@torch.no_grad()
+def test_window_average_equals_the_authors(authors):
+    logits = semivl.sliding_window(authors, random_normal(21, (1, 3, 150, 300)), 128, 106)
+    logits = F.interpolate(logits, (180, 360), mode="bilinear", align_corners=True)
+    assert_golden("window average", logits, atol=2e-5)
+    prediction = logits.argmax(1)[0]
+    assert prediction.flatten().bincount().tolist() == [22232, 4377, 31751, 2893, 3547]
+    truth = torch.from_numpy(np.random.RandomState(22).randint(0, 5, (180, 360)))
+    for rows, hits, unions, mean in (
+        (0, [4550, 837, 6377, 545, 726], [30836, 16416, 38320, 15268, 15725], 8.93640294176507),
+        (20, [4115, 699, 5680, 471, 646], [27725, 14481, 33953, 13484, 13946], 8.904680799734669),
+    ):
+        truth[:rows] = IGNORE
+        matrix = semivl.confusion_matrix(prediction, truth, 5)
+        assert matrix.diag().tolist() == hits
+        assert (matrix.sum(0) + matrix.sum(1) - matrix.diag()).tolist() == unions
+        assert semivl.iou_per_class(matrix).mean().item() == pytest.approx(mean, abs=1e-9)
+
+
+@torch.no_grad()
+def test_window_probabilities_equal_the_authors_with_one_resize(authors):
+    image = random_normal(21, (1, 3, 150, 310))
+    scores = semivl.sliding_window(authors, image, 128, 85, mode="probabilities")
+    counts = scores.argmax(1).flatten().bincount()
+    # Near-ties may fall either way on another processor: three pixels a class.
+    assert (counts - torch.tensor([15903, 4131, 20706, 3233, 2527])).abs().max() <= 3
+
+
+def test_learning_rate_is_the_authors():
+    rates = [semivl.learning_rate(0.001, step, 100) for step in (0, 1, 2, 50, 99)]
+    expected = [0.001, 0.001, 0.001 * 0.99**0.9, 0.001 * 0.51**0.9, 0.001 * 0.02**0.9]
+    assert rates == pytest.approx(expected, rel=1e-12)
+
+
+# ----------------------------------------------------------------------------------------------
+# CLIP
+# ----------------------------------------------------------------------------------------------
+
+
+def tiny_model(classes=3, crop=64, decoder="language", seed=0):
+    """A student around a random tiny CLIP."""
+    torch.manual_seed(seed)
+    cfg = Config(crop=crop, decoder=decoder)
+    visual = data_prep.empty_clip("toy").visual
+    return semivl.assemble(cfg, visual, F.normalize(torch.randn(classes, 64), dim=1))
+
+
+@pytest.mark.parametrize("pool", ["tok", "avg"])
+@torch.no_grad()
+def test_with_attention_kept_the_dense_path_is_open_clips_image_embedding(pool):
+    torch.manual_seed(0)
+    config = dict(image_size=64, patch_size=16, width=64, layers=3, head_width=32, pool_type=pool)
+    clip = open_clip.CLIP(64, config, dict(width=32, heads=2, layers=1), quick_gelu=True).eval()
+    images = torch.randn(2, 3, 64, 64)
+    theirs = clip.encode_image(images, normalize=True)
+    ours = semivl.DenseCLIP(clip.visual).image_embedding(images)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_the_authors_clip_differs_and_is_switched_by_one_argument():
+    def dense(authors):
+        torch.manual_seed(0)
+        clip = open_clip.CLIP(64, dict(image_size=64, patch_size=16, width=64, layers=3),
+                              dict(width=32, heads=2, layers=1), quick_gelu=True)
+        return semivl.DenseCLIP(clip.visual, authors=authors)(torch.ones(1, 3, 64, 64))[0]
+
+    assert (dense(True) - dense(False)).abs().max() > 1e-5
+
+
+def test_spatial_fine_tuning_trains_attention_and_position_only(authors):
+    trained = {n.split(".")[-2] for n, p in authors.clip.named_parameters() if p.requires_grad}
+    assert trained == {"attn", "out_proj", "visual"}
+    assert sum(p.requires_grad for p in authors.clip.parameters()) == 49
+    clip = tiny_model().clip
+    assert all(p.requires_grad for p in semivl.spatial_fine_tuning(clip, "all").parameters())
+    assert not any(p.requires_grad for p in semivl.spatial_fine_tuning(clip, "none").parameters())
+
+
+def test_definitions_average_for_the_decoder_and_stand_apart_for_guidance():
+    clip = data_prep.empty_clip("toy")
+    classes = {"ground": ["grass", "sand"], "car": ["car"]}
+    language = semivl.describe_classes(clip, classes, Config(decoder_text="mean"))
+    raw = semivl.encode_text(clip, ["grass", "sand"])
+    torch.testing.assert_close(language.text[0], F.normalize(raw.mean(0), dim=0))
+    assert language.owner.tolist() == [0, 0, 1]
+    torch.testing.assert_close(language.concepts[:2], F.normalize(raw, dim=1))
+    off = semivl.describe_classes(clip, classes, Config(definitions=False))
+    torch.testing.assert_close(off.concepts, off.names)
+    torch.testing.assert_close(off.text, off.names)
+
+
+def test_the_published_classes_are_complete():
+    counts = {name: (len(c), sum(map(len, c.values()))) for name, c in semivl.CLASSES.items()}
+    assert counts == {"voc": (21, 98), "cityscapes": (19, 54), "coco": (81, 81),
+                      "ade20k": (150, 150)}
+
+
+# ----------------------------------------------------------------------------------------------
+# The model
+# ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decoder", ["language", "vision"])
+@pytest.mark.parametrize("size", [(64, 64), (40, 96), (33, 17), (9, 130)])
+@torch.no_grad()
+def test_logits_have_the_size_of_the_image(size, decoder):
+    model = tiny_model(classes=4, decoder=decoder).eval()
+    assert model(torch.randn(2, 3, *size)).shape == (2, 4, *size)
+
+
+@torch.no_grad()
+def test_permuting_the_classes_permutes_the_logits():
+    model, images = tiny_model(classes=5).eval(), torch.randn(1, 3, 64, 64)
+    logits, order = model(images), torch.tensor([3, 0, 4, 2, 1])
+    model.text = model.text[order]
+    torch.testing.assert_close(model(images), logits[:, order], rtol=0, atol=1e-5)
+    model.text = torch.randn(9, 64)  # the same weights serve another number of classes
+    assert model(images).shape == (1, 9, 64, 64)
+
+
+@torch.no_grad()
+def test_perturbation_touches_only_the_last_images():
+    model, images = tiny_model().eval(), torch.randn(3, 3, 64, 64)
+    clean, perturbed = model(images), model(images, perturb=1)
+    torch.testing.assert_close(clean[:2], perturbed[:2], rtol=0, atol=1e-5)
+    assert (clean[2] - perturbed[2]).abs().max() > 1e-3
+
+
+def test_twins_share_frozen_tensors_and_own_trained_ones():
+    student = tiny_model()
+    teacher = semivl.EMATeacher(student).model
+    for mine, theirs in zip(teacher.parameters(), student.parameters()):
+        assert (mine is theirs) == (not theirs.requires_grad)
+        assert not mine.requires_grad or not theirs.requires_grad
+
+
+def test_the_teacher_follows_the_formula():
+    student = tiny_model()
+    teacher = semivl.EMATeacher(student, decay=0.9)
+    name, weight = next((n, p) for n, p in student.named_parameters() if p.requires_grad)
+    expected = weight.detach().clone()
+    for step in range(15):
+        weight.data += 1
+        decay = min(1 - 1 / (step + 1), 0.9)
+        expected = decay * expected + (1 - decay) * weight.detach()
+        teacher.update(student, step)
+    torch.testing.assert_close(dict(teacher.model.named_parameters())[name].data, expected)
+
+
+# ----------------------------------------------------------------------------------------------
+# Losses and CutMix
+# ----------------------------------------------------------------------------------------------
+
+
+def random_targets(B=2, N=3, side=8, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    label = torch.randint(N, (B, side, side), generator=random)
+    confidence = torch.rand(B, side, side, generator=random)
+    padding = torch.zeros(B, side, side, dtype=torch.bool)
+    padding[0, 5:] = True
+    guide = torch.randint(N, (B, side, side), generator=random).masked_fill(padding, IGNORE)
+    logits = torch.randn(B, N, side, side, generator=random)
+    return logits, Targets(label, confidence, padding, guide)
+
+
+@pytest.mark.parametrize("weighting", ["pixel", "mean", "share"])
+def test_consistency_loss_is_the_written_formula(weighting):
+    logits, t = random_targets()
+    total = 0.0
+    for b in range(2):
+        pixels = [(i, j) for i in range(8) for j in range(8) if not t.padding[b, i, j]]
+        mean = np.mean([float(t.confidence[b, i, j]) for i, j in pixels])
+        share = np.mean([float(t.confidence[b, i, j] >= 0.6) for i, j in pixels])
+        for i, j in pixels:
+            kept = float(t.confidence[b, i, j] >= 0.6)
+            weight = {"pixel": kept, "mean": mean, "share": share}[weighting]
+            total -= weight * float(logits[b, :, i, j].log_softmax(0)[t.label[b, i, j]])
+    loss = semivl.consistency_loss(logits, t, conf=0.6, weighting=weighting)
+    assert loss.item() == pytest.approx(total / int((~t.padding).sum()), rel=1e-5)
+
+
+def test_padding_and_ignored_pixels_have_no_influence():
+    logits, t = random_targets()
+    y = t.label.masked_fill(t.padding, IGNORE)
+    changed = torch.where(t.padding.unsqueeze(1), 100 * torch.randn_like(logits), logits)
+    for loss in (
+        lambda z: semivl.supervised_loss(z, y),
+        lambda z: semivl.guidance_loss(z, t),
+        *(lambda z, m=m: semivl.consistency_loss(z, t, 0.5, m) for m in ("pixel", "mean", "share")),
+    ):
+        torch.testing.assert_close(loss(changed), loss(logits), rtol=0, atol=0)
+
+
+def test_losses_without_any_valid_pixel_are_zero():
+    logits, t = random_targets()
+    nothing = torch.ones_like(t.padding)
+    t = t._replace(padding=nothing, guide=torch.full_like(t.guide, IGNORE))
+    assert semivl.supervised_loss(logits, torch.full_like(t.label, IGNORE)) == 0
+    assert semivl.guidance_loss(logits, t) == 0
+    for weighting in ("pixel", "mean", "share"):
+        assert semivl.consistency_loss(logits, t, 0.5, weighting) == 0
+
+
+def test_the_confidence_threshold_itself_is_kept():
+    logits, t = random_targets()
+    t = t._replace(confidence=torch.full_like(t.confidence, 0.5))
+    assert semivl.consistency_loss(logits, t, conf=0.5) > 0
+    assert semivl.consistency_loss(logits, t, conf=0.500001) == 0
+
+
+def test_cutmix_moves_image_and_all_targets_together():
+    value = torch.arange(128).reshape(2, 8, 8)
+    targets = Targets(value, value.float(), value % 2 == 0, value + 1)
+    images = value.float().unsqueeze(1).repeat(1, 3, 1, 1)
+    mixed, t = semivl.cutmix(images, targets, torch.tensor([[2, 1, 5, 7], [0, 0, 0, 0]]))
+    expected = value.clone()
+    expected[0, 2:5, 1:7] = value[1, 2:5, 1:7]
+    assert torch.equal(t.label, expected)
+    assert torch.equal(mixed, expected.float().unsqueeze(1).repeat(1, 3, 1, 1))
+    assert torch.equal(t.confidence, expected.float())
+    assert torch.equal(t.padding, expected % 2 == 0)
+    assert torch.equal(t.guide, expected + 1)
+
+
+# ----------------------------------------------------------------------------------------------
+# Augmentation and data
+# ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, r, expected", [
+    ((375, 500), 0.5, (256, 341)), ((375, 500), 1.0, (512, 683)), ((375, 500), 2.0, (1024, 1365)),
+    ((100, 500), 1.0, (410, 2048)),
+])
+def test_random_scale_fits_the_image_as_published(size, r, expected):
+    cfg = Config(scale_min=r, scale_max=r)
+    assert tuple(semivl.random_size(*size, cfg)) == expected
+
+
+def test_weak_view_keeps_image_and_mask_aligned_and_marks_padding():
+    torch.manual_seed(0)
+    mask = torch.zeros(40, 60, dtype=torch.uint8)
+    mask[10:30, 20:50] = 1
+    image = (200 * mask + 55).repeat(3, 1, 1)
+    for _ in range(20):
+        x, y = semivl.weak_view(image, mask, Config(crop=64, fit=False))
+        assert x.shape == (3, 64, 64) and y.shape == (64, 64)
+        assert (x[0][y == IGNORE] == 0).all()
+        aligned = ((x[0] > 155) == (y == 1))[y != IGNORE]
+        assert aligned.float().mean() > 0.97  # edges are blurred, labels are not
+
+
+def test_cutmix_boxes_have_the_published_distribution():
+    torch.manual_seed(0)
+    boxes = torch.stack([semivl.cutmix_box(100) for _ in range(4000)]).double()
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / 100**2
+    assert (area == 0).double().mean().item() == pytest.approx(0.5, abs=0.03)
+    drawn = area[area > 0]
+    assert drawn.mean().item() == pytest.approx(0.21, abs=0.01)
+    assert 0.015 < drawn.min() and drawn.max() <= 0.4 and boxes.max() <= 100
+
+
+def make_folder(path: Path, scenes=6, side=48) -> Path:
+    """A small folder of pictures by the toy world's painter."""
+    painter = data_prep.Painter("test")
+    for kind in ("images", "masks", "splits"):
+        (path / kind).mkdir(parents=True)
+    lines = []
+    for i in range(scenes):
+        image, mask = painter.scene()
+        image.save(path / f"images/{i}.png")
+        mask.save(path / f"masks/{i}.png")
+        lines.append(f"images/{i}.png masks/{i}.png")
+    content = {"classes": data_prep.CLASSES, "definitions": data_prep.DEFINITIONS}
+    (path / "dataset.json").write_text(json.dumps(content))
+    (path / "splits/train.txt").write_text("\n".join(lines[:-2]) + "\nimages/0.png\n")
+    (path / "splits/val.txt").write_text("\n".join(lines[-2:]))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path / "pictures")
+
+
+def test_palette_masks_are_read_as_class_numbers(folder):
+    data = data_prep.open_folder(folder)
+    raw = np.array(Image.open(folder / "masks/0.png"))
+    assert Image.open(folder / "masks/0.png").mode == "P" and raw.max() > 0
+    assert np.array_equal(data.mask(data.train[0]).numpy(), raw)
+
+
+def test_the_folders_own_ignore_value_becomes_ours(folder):
+    content = json.loads((folder / "dataset.json").read_text()) | {"ignore_index": 0}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    data = data_prep.open_folder(folder)
+    raw = np.array(Image.open(folder / "masks/0.png"))
+    assert np.array_equal(data.mask(data.train[0]).numpy() == IGNORE, raw == 0)
+
+
+def test_labelled_images_are_drawn_by_the_seed_or_taken_from_the_list(folder):
+    def draw(seed):
+        data = data_prep.open_folder(folder)
+        data.choose_labelled(2, seed)
+        return data
+
+    assert draw(0).labelled == draw(0).labelled
+    assert len({tuple(draw(seed).labelled) for seed in range(8)}) > 1
+    assert not {i for i, _ in draw(0).labelled} & {i for i, _ in draw(0).unlabelled}
+    (folder / "splits/2").mkdir()
+    (folder / "splits/2/labeled.txt").write_text(
+        "images/1.png masks/1.png\nimages/3.png masks/3.png\n")
+    assert [image for image, _ in draw(5).labelled] == ["images/1.png", "images/3.png"]
+
+
+def test_every_item_is_a_function_of_seed_and_position(folder):
+    data = data_prep.open_folder(folder)
+    data.choose_labelled(2, 0)
+    cfg = Config(crop=32, fit=False)
+    items = semivl.TrainingPictures(data, data.labelled, data.unlabelled, cfg, length=20)
+    first, state = items[7], torch.get_rng_state()
+    again = items[7]
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers are untouched
+    for name, value in first.items():
+        assert value == again[name] if name == "files" else torch.equal(value, again[name])
+    assert not torch.equal(first["s1"], first["s2"])
+    once = [items.pick("unlabelled", i) for i in range(len(data.unlabelled))]
+    assert sorted(once) == sorted(data.unlabelled)  # an epoch sees every image once
+
+
+# ----------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------
+
+
+def test_miou_is_over_the_classes_that_occur():
+    prediction, truth = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, IGNORE])
+    iou = semivl.iou_per_class(semivl.confusion_matrix(prediction, truth, 4))
+    assert iou[:2].tolist() == [50, 50] and iou[2:].isnan().all()
+    assert iou.nanmean() == 50
+
+
+@pytest.mark.parametrize("size, window, stride, mode, starts", [
+    (150, 128, 106, "logits", [0, 22]), (300, 128, 106, "logits", [0, 106, 172]),
+    (100, 128, 106, "logits", [0]), (128, 128, 106, "logits", [0]),
+    (310, 128, 85, "probabilities", [0, 85, 170, 255]),
+])
+def test_windows_start_where_published(size, window, stride, mode, starts):
+    assert semivl.window_starts(size, window, stride, mode) == starts
+
+
+def test_evaluation_fits_the_short_side_to_the_window():
+    seen = []
+
+    def model(images):
+        seen.append(tuple(images.shape[2:]))
+        return torch.zeros(len(images), 2, *images.shape[2:])
+
+    cfg = Config(crop=64, stride=48)
+    scores = semivl.segment(model, torch.zeros(3, 50, 250, dtype=torch.uint8), cfg, torch.device("cpu"))
+    assert scores.shape == (2, 50, 250)
+    assert set(seen) == {(64, 64)} and len(seen) == 1 + math.ceil((320 - 64) / 48)
+
+
+# ----------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------
+
+
+def small_run(folder, **changes):
+    """A Training object on a folder, random tiny CLIP."""
+    settings = dict(dataset=str(folder), labels=2, clip="toy", clip_weights="none", crop=32, steps=4,
+                    batch=2, micro_batch=2, workers=0, fit=False, stride=32, conf=0.1,
+                    guidance_conf=0.1, lr=1e-3, vit_lr=1e-3)
+    cfg = Config(**settings | changes)
+    return semivl.Training(cfg, semivl.open_data(cfg), torch.device("cpu"))
+
+
+def test_a_step_moves_what_trains_and_nothing_else(folder):
+    run = small_run(folder)
+    before = {name: p.detach().clone() for name, p in run.student.named_parameters()}
+    frozen = {name: p.detach().clone() for name, p in run.guidance.named_parameters()}
+    for batch in run.batches():
+        log = run.train_step(batch)
+    assert log["kept"] > 0 and log["guided"] > 0 and log["guide_fp"] > 0
+    for name, p in run.student.named_parameters():
+        # The last block's q and k feed nothing; their rows move by weight decay alone.
+        assert torch.equal(p, before[name]) == (not p.requires_grad), name
+    for name, p in run.guidance.named_parameters():
+        assert torch.equal(p, frozen[name]), name
+
+
+def test_micro_batches_accumulate_to_the_whole_batch(folder):
+    weights = []
+    for micro_batch in (4, 1):
+        run = small_run(folder, batch=4, micro_batch=micro_batch, scale_min=1.5, conf=0)
+        # Without padding every image has as many valid pixels, so the means agree; dropout is
+        # silenced, since it would draw other numbers.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(F, "dropout2d", lambda f, p: f)
+            for batch in run.batches():
+                assert not batch["padding"].any()
+                log = run.train_step(batch)
+                break
+        weights.append(log["total"])
+    assert weights[0] == pytest.approx(weights[1], rel=1e-5)
+
+
+def test_two_scenes_are_learned_by_heart():
+    model = tiny_model(classes=3)
+    masks = torch.zeros(2, 64, 64, dtype=torch.long)
+    masks[0, 16:, :32], masks[1, :32, 16:], masks[1, 32:, :32] = 1, 2, 1
+    colours = torch.tensor([[0.5, 0.5, -0.5], [1, -1, 0], [-1, 0, 1]])
+    images = colours[masks].permute(0, 3, 1, 2) + 0.1 * random_normal(2, (2, 3, 64, 64))
+    optimizer = semivl.make_optimizer(model, Config(lr=1e-3, vit_lr=1e-3))
+    for _ in range(50):
+        semivl.supervised_loss(model(images), masks).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    iou = semivl.iou_per_class(semivl.confusion_matrix(model(images).argmax(1), masks, 3))
+    assert iou.mean() > 95
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path, workers):
+    whole = small_run(folder)
+    for batch in whole.batches():
+        whole.train_step(batch)
+    first = small_run(folder)
+    for batch in first.batches():
+        first.train_step(batch)
+        if first.step == 2:
+            break
+    first.save(tmp_path / "last.pt", resumable=True)
+    second = small_run(folder, workers=workers)
+    second.restore(data_prep.load_file(tmp_path / "last.pt"))
+    for batch in second.batches():
+        second.train_step(batch)
+    for a, b in ((whole.student, second.student), (whole.teacher.model, second.teacher.model)):
+        for (name, mine), theirs in zip(a.state_dict().items(), b.state_dict().values()):
+            assert torch.equal(mine, theirs), name
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(folder):
+    run = small_run(folder)
+    run.student.decoder.head.bias.data.fill_(float("nan"))
+    before = run.student.decoder.lift.weight.clone()
+    with pytest.raises(semivl.UserError, match=r"step 0: the loss is nan.*images/"):
+        run.train_step(next(iter(run.batches())))
+    assert torch.equal(run.student.decoder.lift.weight, before)
+
+
+def test_bf16_autocast_stays_close_to_float32(folder):
+    logs = []
+    for precision in ("fp32", "bf16"):
+        run = small_run(folder, precision=precision, conf=0.0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(F, "dropout2d", lambda f, p: f)
+            logs.append(run.train_step(next(iter(run.batches()))))
+    assert logs[1]["total"] == pytest.approx(logs[0]["total"], rel=0.02)
+
+
+# ----------------------------------------------------------------------------------------------
+# The toy world
+# ----------------------------------------------------------------------------------------------
+
+
+def test_the_toy_world_is_complete_or_absent(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_prep, "SPLITS", {"train": 3, "val": 2, "test": 2})
+    monkeypatch.setattr(data_prep, "CORPUS", 64)
+    monkeypatch.setattr(data_prep, "STEPS", 2)
+    with monkeypatch.context() as broken:
+        broken.setattr(data_prep, "pretrain_tiny_clip", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            data_prep.make_toy(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    toy = data_prep.open_folder(data_prep.make_toy(tmp_path))
+    assert (len(toy.train), len(toy.val), len(toy.test)) == (3, 2, 2)
+    data_prep.load_clip("toy", "", "", tmp_path)
+    toy.labelled = toy.train
+    toy.check()
+
+
+def test_the_painter_repeats_itself_from_its_seed_only():
+    def scene(seed):
+        return np.concatenate([np.array(p).ravel() for p in data_prep.Painter(seed).scene()])
+
+    assert np.array_equal(scene("a"), scene("a"))
+    assert not np.array_equal(scene("a"), scene("b"))
+
+
+# ----------------------------------------------------------------------------------------------
+# The command line
+# ----------------------------------------------------------------------------------------------
+
+TINY = "--clip toy --clip-weights none --crop 32 --batch 2 --micro-batch 2 --workers 0 --fit off"
+
+
+def test_train_evaluate_predict_and_resume_from_the_command_line(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = f"--dataset {folder} --labels 2 --steps 2 --evals 1 --stride 32 --out {out} {TINY}"
+    assert semivl.main(command.split()) == 0
+    names = {"config.json", "labeled.txt", "log.jsonl", "semivl.py", "last.pt", "best.pt",
+             "sheet.png", "result.json"}
+    assert names <= {file.name for file in out.iterdir()}
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2] and "val_miou" in log[-1]
+    shown = capsys.readouterr().out
+    assert "by definitions" in shown and "mIoU" in shown
+    assert semivl.main(["--eval", str(out / "last.pt")]) == 0
+    value = json.loads((out / "result.json").read_text())["val_last"]
+    assert f"{value:.1f}" in capsys.readouterr().out.splitlines()[-1]
+    picture = str(folder / "images/0.png")
+    assert semivl.main(["--predict", str(out / "best.pt"), picture]) == 0
+    mask = Image.open(out / "predictions/0-mask.png")
+    assert mask.mode == "P" and mask.size == (64, 64) and np.array(mask).max() < 6
+    assert semivl.main(["--resume", str(out)]) == 0  # nothing is left to do; tables again
+    assert semivl.main(command.split()) == 2  # the run folder is taken, and stays as it is
+
+
+def test_help_shows_every_setting(capsys):
+    with pytest.raises(SystemExit) as stop:
+        semivl.main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    for field in semivl.dataclasses.fields(Config):
+        assert f"--{field.name.replace('_', '-')} " in shown
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("this must never run",)
+
+
+def spoil(folder: Path, what: str) -> str:
+    """Breaks one thing; returns the command line that should stumble over it."""
+    command = f"--dataset {folder} --labels 2 --steps 1 {TINY}"
+    if what == "mask of another size":
+        Image.new("L", (9, 9)).save(folder / "masks/4.png")
+    elif what == "mask with a class too many":
+        Image.new("L", (64, 64), 77).save(folder / "masks/4.png")
+    elif what == "colour mask":
+        Image.new("RGB", (64, 64)).save(folder / "masks/4.png")
+    elif what == "truncated picture":
+        data = (folder / "images/4.png").read_bytes()
+        (folder / "images/4.png").write_bytes(data[:20])
+    elif what == "missing picture":
+        (folder / "images/4.png").unlink()
+    elif what == "three columns":
+        (folder / "splits/val.txt").write_text("a b c")
+    elif what == "empty list":
+        (folder / "splits/train.txt").write_text("")
+    elif what == "no list":
+        (folder / "splits/val.txt").unlink()
+    elif what == "broken json":
+        (folder / "dataset.json").write_text("{")
+    elif what == "no classes":
+        (folder / "dataset.json").write_text("{}")
+    elif what == "a class twice":
+        (folder / "dataset.json").write_text('{"classes": ["a", "a"]}')
+    elif what == "definition of no class":
+        (folder / "dataset.json").write_text('{"classes": ["a"], "definitions": {"b": ["c"]}}')
+    elif what == "no such folder":
+        command = "--dataset nowhere --labels 2"
+    elif what == "more labels than masks":
+        command = command.replace("--labels 2", "--labels 200")
+    elif what == "nothing left unlabelled":
+        (folder / "splits/train.txt").write_text("images/0.png masks/0.png")
+        command = command.replace("--labels 2", "--labels 1")
+    elif what == "unknown CLIP":
+        command = command.replace("--clip toy", "--clip ViT-Z")
+    elif what == "no such weights":
+        command = command.replace("--clip-weights none", "--clip-weights nowhere.pt")
+    elif what == "weights of something else":
+        torch.save({"a": torch.zeros(1)}, folder / "x.pt")
+        command = command.replace("--clip-weights none", f"--clip-weights {folder}/x.pt")
+    elif what == "malicious weights":
+        torch.save(Malicious(), folder / "x.pt")
+        command = command.replace("--clip-weights none", f"--clip-weights {folder}/x.pt")
+    elif what == "micro-batch that does not divide":
+        command = command.replace("--micro-batch 2", "--micro-batch 3")
+    elif what == "value out of range":
+        command += " --conf 1.5"
+    elif what == "not a number":
+        command += " --lr fast"
+    elif what == "unknown option":
+        command += " --learning-rate 1"
+    elif what == "unknown device":
+        command += " --device quantum"
+    elif what == "VOC without data":
+        command = f"--dataset voc --labels 92 --root {folder}"
+    elif what == "a count that is not published":
+        command = "--dataset voc --labels 93"
+    elif what == "no such checkpoint":
+        command = "--eval nowhere.pt"
+    elif what == "checkpoint that is none":
+        torch.save({"a": torch.zeros(1)}, folder / "x.pt")
+        command = f"--eval {folder}/x.pt"
+    elif what == "resume nothing":
+        command = f"--resume {folder}"
+    return command
+
+
+MISTAKES = [part.split('"')[0] for part in Path(__file__).read_text().split('what == "')[1:-1]]
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_mistake_ends_with_one_line_and_exit_code_2(what, folder, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    command = spoil(folder, what)
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    assert semivl.main(command.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("semivl.py: ") and len(captured.err.splitlines()) == 1
+    assert "Traceback" not in captured.err and "must never run" not in captured.out
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before  # nothing was left behind
+
+
+def test_the_program_runs_as_a_script():
+    script = Path(semivl.__file__)
+    done = subprocess.run([sys.executable, script, "--dataset", "nowhere"], capture_output=True)
+    assert done.returncode == 2 and done.stderr.startswith(b"semivl.py: nowhere/dataset.json")
