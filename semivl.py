@@ -32,7 +32,6 @@ import copy
 import dataclasses
 import json
 import math
-import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -51,9 +50,8 @@ import data_prep
 from data_prep import UserError
 
 # ----------------------------------------------------------------------------------------------
-# 1. Settings: one flat config. Presets hold the published recipes, the command line has the last word.
+# 1. Settings: one flat config; presets hold the published recipes; the command line overrides
 # ----------------------------------------------------------------------------------------------
-
 
 def setting(group: str, default, meaning: str, choices=None, low=0, high=math.inf):
     """A config field that carries its own line of `--help` and the values it may take."""
@@ -65,67 +63,65 @@ def setting(group: str, default, meaning: str, choices=None, low=0, high=math.in
 class Config:
     """Every field is an option of the same name (`micro_batch` is `--micro-batch`)."""
 
-    dataset: str = setting("data", "toy", "toy, voc, coco, ade20k, cityscapes, or a FOLDER")
-    labels: int = setting("data", 4, "how many labelled images to use", low=1)
+    dataset: str = setting("data", "voc", "toy, voc, coco, ade20k, cityscapes, or a FOLDER")
+    labels: int = setting("data", 92, "how many labelled images to use", low=1)
     root: str = setting("data", "data", "where data sets are kept")
-    crop: int = setting("data", 512, "side of the training crop and of the test window, pixels", low=1)
-    fit: bool = setting("data", True, "images are fitted to the crop before they are scaled (and "
-                        "for evaluation); off: they keep their own size")
-    scale_min: float = setting("data", 0.5, "random scale of training images, from")
-    scale_max: float = setting("data", 2.0, "random scale of training images, to")
-    workers: int = setting("data", 4, "processes that load images (0: none)")
+    crop: int = setting("data", 512, "side of training crop and test window, pixels", low=1)
+    fit: bool = setting("data", True, "fit images to the crop before scaling, and for evaluation")
+    scale_min: float = setting("data", 0.5, "random scale of training images, from", low=0.1)
+    scale_max: float = setting("data", 2.0, "random scale of training images, to", low=0.1)
+    workers: int = setting("data", 4, "processes that load images; 0: none")
 
-    clip: str = setting("model", "ViT-B-16-quickgelu", "open_clip model; 'toy' is the tiny one")
+    clip: str = setting("model", "ViT-B-16-quickgelu", "open_clip model; toy: the tiny one")
     clip_tag: str = setting("model", "openai", "which of open_clip's pretrained weights")
-    clip_weights: str = setting("model", "", "FILE with CLIP weights; 'none': random; '': by tag")
-    authors_clip: bool = setting("model", False, "the authors' CLIP: exact GELU, LayerNorm eps "
-                                 "1e-6, ImageNet statistics")
+    clip_weights: str = setting("model", "", "FILE of CLIP weights, or none: random; '': by tag")
+    authors_clip: bool = setting("model", False, "the authors' GELU, eps, image statistics")
     decoder: str = setting("model", "language", "language-guided, or vision-only DeepLabV3+",
-                           ("language", "vision"))
-    decoder_text: str = setting("model", "names", "text for the decoder: class names, or the mean "
-                                "of the class's concepts", ("names", "mean"))
+                           choices=("language", "vision"))
+    decoder_text: str = setting("model", "names", "text of a class for the decoder: its name, or "
+                                "the mean of its concepts", choices=("names", "mean"))
     definitions: bool = setting("model", True, "describe a class by its concepts, not its name")
-    finetune: str = setting("model", "spatial", "what trains in the ViT: attention and position "
-                            "embedding, all, or none", ("spatial", "all", "none"))
+    finetune: str = setting("model", "spatial", "what trains in the ViT; spatial: attention and "
+                            "position embedding", choices=("spatial", "all", "none"))
     conv_skip: bool = setting("model", False, "third skip path: a ResNet-101 stem (Cityscapes)")
-    conv_weights: str = setting("model", "", "its ImageNet weights: FILE, 'none', '': timm's")
+    conv_weights: str = setting("model", "", "FILE of its weights, or none: random; '': timm's")
 
     unlabeled: bool = setting("method", True, "use the unlabelled images")
     conf: float = setting("method", 0.95, "confidence from which a pseudo-label counts", high=1)
-    weighting: str = setting("method", "pixel", "pseudo-labels count: pixels above conf, or all "
-                             "by the image's mean confidence, or by its share above conf",
-                             ("pixel", "mean", "share"))
-    guidance: float = setting("method", 0.1, "weight of the frozen CLIP's loss, falls to 0")
-    guidance_conf: float = setting("method", 0.9, "confidence from which a guidance label counts", high=1)
-    ema: float = setting("method", 0.996, "decay of the EMA teacher; 0: the student teaches itself", high=1)
+    weighting: str = setting("method", "pixel", "which pseudo-labels count: pixels above conf; or "
+                             "all, by their image's mean confidence, or by its share above conf",
+                             choices=("pixel", "mean", "share"))
+    guidance: float = setting("method", 0.1, "weight of the frozen CLIP's loss; falls to 0")
+    guidance_conf: float = setting("method", 0.9, "the same as conf for frozen CLIP", high=1)
+    ema: float = setting("method", 0.996, "decay of the teacher; 0: the student itself", high=1)
 
-    steps: int = setting("training", 0, "optimiser steps; 0: take epochs")
+    steps: int = setting("training", 0, "optimiser steps; 0: by epochs")
     epochs: int = setting("training", 80, "passes over the unlabelled images", low=1)
-    batch: int = setting("training", 8, "labelled + as many unlabelled images per step", low=1)
-    micro_batch: int = setting("training", 2, "images at a time; gradients are accumulated", low=1)
+    batch: int = setting("training", 8, "labelled + as many unlabelled images a step", low=1)
+    micro_batch: int = setting("training", 2, "of these at a time (gradients add up)", low=1)
     lr: float = setting("training", 1e-3, "learning rate of the decoder")
-    vit_lr: float = setting("training", 1e-6, "learning rate of the ViT (and of conv_skip)")
+    vit_lr: float = setting("training", 1e-6, "learning rate of the ViT, and of conv_skip")
     weight_decay: float = setting("training", 0.01, "AdamW's, on everything that trains")
-    evals: int = setting("training", 20, "evaluations during a run, the last step's included", low=1)
+    evals: int = setting("training", 20, "evaluations during a run", low=1)
     precision: str = setting("training", "auto", "bf16: autocast; auto: bf16 on CUDA only",
-                             ("auto", "fp32", "bf16"))
+                             choices=("auto", "fp32", "bf16"))
 
-    window: str = setting("evaluation", "logits", "overlapping windows: average the logits, or "
-                          "sum the probabilities", ("logits", "probabilities"))
+    window: str = setting("evaluation", "logits", "average the windows' logits, or sum their "
+                          "probabilities", choices=("logits", "probabilities"))
     stride: int = setting("evaluation", 426, "step of the sliding window, pixels", low=1)
 
-    out: str = setting("run", "", "run folder; '': runs/DATASET-LABELS, numbered when taken")
-    seed: int = setting("run", 0, "seeds labels drawn, initial weights, data order, augmentation")
+    out: str = setting("run", "", "folder of the run; '': runs/DATASET-LABELS, numbered")
+    seed: int = setting("run", 0, "of labels drawn, initial weights, order, augmentation")
     device: str = setting("run", "auto", "auto, cuda, mps or cpu")
 
 
-# What a data set changes of the defaults above, which are VOC's. Folders use the defaults.
+# What a data set changes of the defaults, which are VOC's; folders use the defaults too.
 PRESETS = {
     "toy": dict(
-        labels=4, crop=64, fit=False, workers=0, clip="toy", decoder_text="mean", conf=0.9,
-        guidance=0.3, ema=0.98, steps=250, batch=4, micro_batch=4, lr=3e-3, vit_lr=1e-4, evals=2,
-        stride=64),
-    "voc": dict(labels=92),
+        dataset="toy", labels=4, crop=64, fit=False, scale_min=0.8, scale_max=1.25, workers=0,
+        clip="toy", decoder_text="mean", conf=0.9, guidance=1.0, ema=0.98, steps=250, batch=4,
+        micro_batch=4, lr=1e-3, vit_lr=1e-4, evals=2, stride=64),
+    "voc": dict(),
     "coco": dict(labels=232, fit=False, epochs=10, micro_batch=1, lr=4e-3, vit_lr=4e-7),
     "ade20k": dict(labels=158, epochs=40, micro_batch=1, lr=4e-3, vit_lr=4e-7),
     "cityscapes": dict(
@@ -133,15 +129,7 @@ PRESETS = {
         conv_skip=True, decoder_text="mean", weighting="mean", window="probabilities", stride=534),
 }
 
-# Labelled images -> mIoU in the paper (ViT-B/16); these are the published splits.
-PUBLISHED = {
-    "voc": {92: 84.0, 183: 85.6, 366: 86.0, 732: 86.7, 1464: 87.3},
-    "coco": {232: 50.1, 463: 52.8, 925: 53.6, 1849: 55.4, 3697: 56.5},
-    "ade20k": {158: 28.1, 316: 33.7, 632: 35.1, 1263: 37.2, 2526: 39.4},
-    "cityscapes": {100: 76.2, 186: 77.9, 372: 79.4, 744: 80.3, 1488: 80.6},
-}
-
-IGNORE = 255  # "no label" in every mask, whatever the files of a folder call it
+IGNORE = data_prep.IGNORE  # 255, "no label" in every mask, whatever a folder's files call it
 
 # ----------------------------------------------------------------------------------------------
 # 2. Language: what the classes are called, and what they mean (paper: class definitions)
@@ -238,8 +226,8 @@ def value_path(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     attn, D = block.attn, x.shape[-1]
     # in_proj stacks the rows of q, k and v; only v is needed.
     v = F.linear(block.ln_1(x), attn.in_proj_weight[2 * D:], attn.in_proj_bias[2 * D:])
-    x = x + attn.out_proj(v)
-    return x + block.mlp(block.ln_2(x))
+    x = x + block.ls_1(attn.out_proj(v))  # ls: layer scale, which few models have
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
 def resize_position(position: torch.Tensor, old: tuple, new: tuple) -> torch.Tensor:
@@ -304,7 +292,7 @@ class DenseCLIP(nn.Module):
         blocks = vit.transformer.resblocks
         skips = []
         for i, block in enumerate(blocks):
-            # The skips are value paths too, NOT the blocks' outputs.
+            # The skips are value paths too, NOT the blocks' outputs. (Two blocks: twice block 0.)
             skips += [value_path(block, x)[:, 1:]] * self.skip_blocks.count(i)
             attend = i + 1 < len(blocks) or last_attention
             x = block(x) if attend else value_path(block, x)
@@ -341,7 +329,6 @@ def renormalize(images, old, new):
 # What CLIP lacks is local, spatial reasoning, which lives in attention. What it knows lives in
 # the MLPs. So attention and the position embedding train, the rest stays as it was.
 # ----------------------------------------------------------------------------------------------
-
 
 def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
     """Sets what trains in the ViT: "spatial" (attention, position embedding), "all" or "none".
@@ -525,7 +512,6 @@ class VisionDecoder(nn.Module):
 # 6. The model: images -> logits
 # ----------------------------------------------------------------------------------------------
 
-
 class SemiVL(nn.Module):
     """Images -> logits: dense CLIP, optional convolutional skip, decoder.
 
@@ -533,8 +519,8 @@ class SemiVL(nn.Module):
         clip: the image encoder.
         decoder: LanguageGuidedDecoder or VisionDecoder.
         text: [N, E], one embedding a class.
-        conv: optional third skip path (Cityscapes): ImageNet-normalised images -> [map of stride 4].
-            At a patch of 16 pixels thin things (poles, signs) are gone; a stride of 4 has them.
+        conv: optional third skip path (Cityscapes): ImageNet-normalised images -> [map]. Thin
+            things such as poles are lost in a patch of 16 pixels; its stride of 4 keeps them.
     """
 
     def __init__(self, clip: DenseCLIP, decoder: nn.Module, text: torch.Tensor, conv=None):
@@ -631,7 +617,6 @@ class EMATeacher:
 # pixels with other colours, so that consistency has something to learn. Geometry is shared.
 # ----------------------------------------------------------------------------------------------
 
-
 def fit_size(height: int, width: int, scale: float) -> list[int]:
     """Rounds as the authors' data pipeline does."""
     return [int(height * scale + 0.5), int(width * scale + 0.5)]
@@ -725,7 +710,8 @@ class TrainingPictures(Dataset):
                 w, blank = weak_view(image, blank, cfg)
                 item.update(
                     w=w, s1=strong_view(w), s2=strong_view(w), padding=blank == IGNORE,
-                    box1=cutmix_box(cfg.crop), box2=cutmix_box(cfg.crop), files=f"{item['files']} {entry[0]}")
+                    box1=cutmix_box(cfg.crop), box2=cutmix_box(cfg.crop),
+                    files=f"{item['files']} {entry[0]}")
         return item
 
 
@@ -739,7 +725,6 @@ def normalize(images: torch.Tensor, cfg: Config) -> torch.Tensor:
 # ----------------------------------------------------------------------------------------------
 # 8. Consistency: what should the student say about an image without a mask? (paper: 3.1, 3.4)
 # ----------------------------------------------------------------------------------------------
-
 
 class Targets(NamedTuple):
     """What the unlabelled images are taught, per pixel; all [B, H, W]. They travel together."""
@@ -843,7 +828,6 @@ def semivl_loss(student, x, y, views, cfg: Config, guidance_weight: float) -> di
 # 9. Evaluation: sliding window, one confusion matrix, mIoU
 # ----------------------------------------------------------------------------------------------
 
-
 def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
     """Where windows start along a side of `size` pixels.
 
@@ -914,7 +898,6 @@ def evaluate(model, folder, entries, cfg: Config, device, title="evaluate") -> t
 # 10. Building the model, and the authors' checkpoints
 # ----------------------------------------------------------------------------------------------
 
-
 def autocast(cfg: Config, device: torch.device):
     """bf16 for matrix products, float32 for softmax, norms and losses (torch's own lists)."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -983,7 +966,8 @@ def load_authors_checkpoint(state_dict: dict, text: torch.Tensor, heads: int | N
     side = math.isqrt(len(weights["positional_embedding"]) - 1) * P
     vit = open_clip.transformer.VisionTransformer(
         image_size=side, patch_size=P, width=width, heads=heads or width // 64, mlp_ratio=4.0,
-        layers=sum("mlp.c_fc.weight" in key for key in weights), output_dim=weights["proj"].shape[1])
+        layers=sum("mlp.c_fc.weight" in key for key in weights),
+        output_dim=weights["proj"].shape[1])
     cfg = Config(crop=side, authors_clip=True, conv_skip="conv.bn1.weight" in weights)
     model = assemble(cfg, vit, F.normalize(text.float(), dim=1))
     own = ("decoder.", "conv.")
@@ -998,7 +982,6 @@ def load_authors_checkpoint(state_dict: dict, text: torch.Tensor, heads: int | N
 # ----------------------------------------------------------------------------------------------
 # 11. Training
 # ----------------------------------------------------------------------------------------------
-
 
 def learning_rate(base: float, step: int, steps: int) -> float:
     """Polynomial decay; steps 0 and 1 both run at the base rate, as in the authors' code."""
@@ -1035,7 +1018,7 @@ class Training:
         self.optimizer = make_optimizer(self.student, cfg)
         epoch = len(folder.unlabelled if cfg.unlabeled else folder.labelled)
         self.steps = cfg.steps or math.ceil(cfg.epochs * epoch / cfg.batch)
-        self.step, self.best = 0, -1.0
+        self.step, self.last, self.best = 0, -1.0, -1.0
 
     def batches(self) -> DataLoader:
         """The batches from the present step to the last."""
@@ -1092,14 +1075,16 @@ class Training:
         self.step += 1
         return log
 
-    def evaluate(self, model: nn.Module, entries: list, title: str) -> torch.Tensor:
-        """IoU per class [N], percent, of teacher, student or frozen CLIP."""
-        return evaluate(model.eval(), self.folder, entries, self.cfg, self.device, title)
+    def miou(self, model: nn.Module, entries: list, title: str) -> float:
+        """mIoU in percent of teacher, student or frozen CLIP."""
+        iou = evaluate(model.eval(), self.folder, entries, self.cfg, self.device, title)
+        return float(iou.nanmean())
 
     def save(self, file: Path, resumable: bool) -> None:
         """Writes the teacher, and with `resumable` everything the next step depends on."""
         content = dict(config=dataclasses.asdict(self.cfg), classes=self.folder.classes,
-                       step=self.step, best=self.best, model=self.teacher.model.state_dict())
+                       step=self.step, last=self.last, best=self.best,
+                       model=self.teacher.model.state_dict())
         if resumable:
             # The student's frozen tensors are the teacher's; they need not be written twice.
             frozen = {name for name, p in self.student.named_parameters() if not p.requires_grad}
@@ -1115,27 +1100,24 @@ class Training:
         self.teacher.model.load_state_dict(content["model"])
         self.student.load_state_dict(content["model"] | content["student"])
         self.optimizer.load_state_dict(content["optimizer"])
-        self.step, self.best = content["step"], content["best"]
+        self.step, self.last, self.best = (content[k] for k in ("step", "last", "best"))
 
 
 def train(cfg: Config, resume: dict | None = None) -> None:
     """A whole run: build or resume, check frozen CLIP, train, evaluate, test."""
     if cfg.batch % cfg.micro_batch:
-        raise UserError(f"--batch {cfg.batch}: must be a multiple of --micro-batch {cfg.micro_batch}")
-    folder = open_data(cfg, resume and resume["labelled"])
+        raise UserError(f"--batch {cfg.batch}: not a multiple of --micro-batch {cfg.micro_batch}")
+    folder = data_prep.open_data(cfg, CLASSES, resume and resume["labelled"])
     run = Training(cfg, folder, data_prep.pick_device(cfg.device))
     if resume:
         run.restore(resume)
     else:
-        cfg.out = str(data_prep.new_run(cfg.out, f"{Path(cfg.dataset).name}-{cfg.labels}"))
-        data_prep.write_json(f"{cfg.out}/config.json", dataclasses.asdict(cfg))
-        data_prep.write_list(f"{cfg.out}/labeled.txt", folder.labelled)
-        shutil.copy(__file__, cfg.out)
+        data_prep.new_run(cfg, folder, __file__)
     print(data_prep.describe_run(run), flush=True)
     if not run.step:  # the sanity check that CLIP's weights and the class names are right
         few = folder.val[:100]
-        names, definitions = (float(run.evaluate(model, few, "frozen CLIP").nanmean())
-                              for model in (run.frozen_names, run.guidance))
+        names, definitions = (run.miou(m, few, "frozen CLIP")
+                              for m in (run.frozen_names, run.guidance))
         print(f"frozen     {names:.1f} mIoU by class names, {definitions:.1f} by definitions: CLIP "
               f"before training, {len(few)} validation images", flush=True)
 
@@ -1148,61 +1130,43 @@ def train(cfg: Config, resume: dict | None = None) -> None:
             bar.set_postfix(loss=f"{line['total']:.3f}", kept=f"{line.get('kept', 0):.2f}")
             line |= dict(step=run.step, lr=[group["lr"] for group in run.optimizer.param_groups])
             if run.step % every == 0 or run.step == run.steps:
-                last = float(run.evaluate(run.teacher.model, folder.val, "validation").nanmean())
-                if last > run.best:
-                    run.best = last
+                run.last = run.miou(run.teacher.model, folder.val, "validation")
+                if run.last > run.best:
+                    run.best = run.last
                     run.save(out / "best.pt", resumable=False)
                 run.save(out / "last.pt", resumable=True)
                 tqdm.write(f"step {run.step:<5} loss {line['total']:.3f}  validation mIoU "
-                           f"{last:.1f} (best {run.best:.1f})")
-                line |= dict(val_miou=last, best=run.best)
+                           f"{run.last:.1f} (best {run.best:.1f})")
+                line |= dict(val_miou=run.last, best=run.best)
             log.write(json.dumps(line) + "\n")
             log.flush()
-    finish(run, out)
+    finish(run)
 
 
-def finish(run: Training, out: Path) -> None:
+def finish(run: Training) -> None:
     """Table per class on the test images (validation ones if there are none), contact sheet."""
-    folder, classes = run.folder, list(run.folder.classes)
+    cfg, folder, device = run.cfg, run.folder, run.device
     split, entries = ("test", folder.test) if folder.test else ("val", folder.val)
     models = {"CLIP by names": run.frozen_names, "by definitions": run.guidance,
               "SemiVL": run.teacher.model}
-    table = {name: run.evaluate(model, entries, split) for name, model in models.items()}
-    print(data_prep.iou_table(f"IoU, {split}", table, classes))
-    last = float(run.evaluate(run.teacher.model, folder.val, "validation").nanmean())
-    print(f"validation mIoU {last:.1f} at the last step, {run.best:.1f} at best")
-    result = {name: dict(miou=float(iou.nanmean()), iou=iou.tolist()) for name, iou in table.items()}
-    data_prep.write_json(out / "result.json", {"val_last": last, "val_best": run.best, split: result})
+    table = {name: evaluate(m, folder, entries, cfg, device, split) for name, m in models.items()}
+    print(data_prep.iou_table(f"IoU, {split}", table, list(folder.classes)))
+    print(f"validation mIoU {run.last:.1f} at the last step, {run.best:.1f} at best")
+    data_prep.write_json(f"{cfg.out}/result.json", dict(
+        val_last=run.last, val_best=run.best, classes=list(folder.classes),
+        **{split: {name: iou.tolist() for name, iou in table.items()}}))
     rows = []
-    for entry in folder.val[:: max(1, len(folder.val) // 6)][:6]:
+    for entry in folder.val[:: math.ceil(len(folder.val) / 6)]:
         image = folder.image(entry)
-        maps = (segment(m, image, run.cfg, run.device).argmax(0).cpu() for m in models.values())
+        maps = (segment(m, image, cfg, device).argmax(0).cpu() for m in models.values())
         rows.append([image, folder.mask(entry), *maps])
-    data_prep.contact_sheet(out / "sheet.png", ["image", "truth", *models], rows, classes)
+    data_prep.contact_sheet(f"{cfg.out}/sheet.png", ["image", "truth", *models], rows,
+                            list(folder.classes))
 
 
 # ----------------------------------------------------------------------------------------------
 # 12. Command line
 # ----------------------------------------------------------------------------------------------
-
-
-def open_data(cfg: Config, labelled: list | None = None) -> data_prep.Folder:
-    """The folder behind --dataset, checked, with its labelled and unlabelled images."""
-    published = PUBLISHED.get(cfg.dataset, {cfg.labels: None})
-    if cfg.labels not in published:
-        raise UserError(f"--labels {cfg.labels}: the published splits of {cfg.dataset} have "
-                        f"{', '.join(map(str, published))} labelled images")
-    if cfg.dataset == "toy":
-        path = data_prep.make_toy(cfg.root)
-    else:
-        path = Path(cfg.root) / cfg.dataset if cfg.dataset in PUBLISHED else Path(cfg.dataset)
-    folder = data_prep.open_folder(path, CLASSES.get(cfg.dataset))
-    folder.choose_labelled(cfg.labels, cfg.seed, labelled)
-    if cfg.unlabeled and not folder.unlabelled:
-        raise UserError(f"{path}: no training image is left unlabelled; use --unlabeled off")
-    folder.check()
-    return folder
-
 
 def load_checkpoint(file: str) -> tuple[SemiVL, Config, dict]:
     """A checkpoint of ours -> the EMA teacher in eval mode, its settings, all that it holds."""
@@ -1221,7 +1185,7 @@ def evaluate_checkpoint(file: str, typed: dict) -> None:
     """`--eval`: the protocol of the checkpoint's data set on its test (or validation) images."""
     model, cfg, content = load_checkpoint(file)
     cfg = dataclasses.replace(cfg, **typed)
-    device, folder = data_prep.pick_device(cfg.device), open_data(cfg)
+    device, folder = data_prep.pick_device(cfg.device), data_prep.open_data(cfg, CLASSES)
     if list(folder.classes) != list(content["classes"]):
         raise UserError(f"{file}: was trained on other classes than {cfg.dataset} has")
     for split in ("val", "test"):
