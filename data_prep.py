@@ -540,7 +540,8 @@ def save_prediction(out: Path, stem: str, image, mask, classes: list[str]) -> li
 # ----------------------------------------------------------------------------------------------
 
 SCENE = 64  # side of a scene in pixels; also CLIP's input size
-PICTURE = 32  # side of a corpus picture
+PICTURE = 40  # side of a corpus picture
+RADIUS = (14, 18)  # of an object, in pixels
 SPLITS = {"train": 464, "val": 150, "test": 200}
 CORPUS = 20_000
 ZOOM = 4  # icons are painted this much larger, then averaged down, for smooth edges
@@ -730,7 +731,7 @@ class Painter:
 
     def place(self, image: Image.Image, concept: str, x: float, y: float) -> tuple:
         """Paints an object with a soft shadow at (x, y) -> its exact outline and corner."""
-        sprite = paint_icon(concept, self.rng.uniform(12, 16), self.rng)
+        sprite = paint_icon(concept, self.rng.uniform(*RADIUS), self.rng)
         corner = (round(x - sprite.width / 2), round(y - sprite.height / 2))
         alpha = sprite.getchannel("A")
         shadow = alpha.point(lambda v: v * 0.3)
@@ -739,12 +740,12 @@ class Painter:
         return alpha.point(lambda v: 255 * (v > 127)), corner
 
     def scene(self) -> tuple[Image.Image, Image.Image]:
-        """Two to four objects, one per quarter -> image RGB [64, 64] and mask P [64, 64]."""
+        """One to three objects, one per quarter -> image RGB [64, 64] and mask P [64, 64]."""
         rng = self.rng
         _, image = self.ground(SCENE)
         mask = Image.new("P", (SCENE, SCENE))
         mask.putpalette([value for color in MASK_COLORS for value in COLORS[color]])
-        for quarter in sorted(rng.sample(range(4), rng.choice((2, 3, 3, 4, 4)))):
+        for quarter in sorted(rng.sample(range(4), rng.choice((1, 2, 3, 3)))):
             concept = rng.choice(list(CLASS_OF))
             x = SCENE * (0.25 + 0.5 * (quarter % 2)) + rng.uniform(-4, 4)
             y = SCENE * (0.25 + 0.5 * (quarter // 2)) + rng.uniform(-4, 4)
@@ -753,13 +754,13 @@ class Painter:
         return image, mask
 
     def picture(self) -> tuple[Image.Image, str]:
-        """Up to two objects, often cut by the border -> image RGB [32, 32] and caption."""
+        """Up to two objects, often cut by the border -> image RGB [40, 40] and caption."""
         rng = self.rng
         ground, image = self.ground(PICTURE)
         concepts = rng.choices(list(CLASS_OF), k=rng.choice((0, 1, 1, 1, 2)))
         angle = rng.uniform(0, 2 * math.pi)
         for concept in concepts:
-            reach = rng.uniform(11, 14) if len(concepts) == 2 else rng.uniform(0, 8)
+            reach = rng.uniform(13, 17) if len(concepts) == 2 else rng.uniform(0, 10)
             x, y = reach * math.cos(angle), reach * math.sin(angle)
             self.place(image, concept, PICTURE / 2 + x, PICTURE / 2 + y)
             angle += math.pi
@@ -838,7 +839,7 @@ def contrastive_loss(images, texts, caption, scale) -> torch.Tensor:
 
 
 def pretrain_tiny_clip(pictures, captions: list[str], seed: int = 0) -> open_clip.CLIP:
-    """Contrastive pre-training on pictures [N, 3, 32, 32] with one caption each."""
+    """Contrastive pre-training on pictures [N, 3, 40, 40] with one caption each."""
     torch.manual_seed(seed)
     model = open_clip.CLIP(**TINY_CLIP)
     # Real CLIP ends at a scale of 100 and guidance assumes it; learned, it would stay near 20 here.

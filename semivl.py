@@ -119,7 +119,7 @@ class Config:
 PRESETS = {
     "toy": dict(
         dataset="toy", labels=4, crop=64, fit=False, scale_min=0.8, scale_max=1.25, workers=0,
-        clip="toy", decoder_text="mean", conf=0.9, guidance=1.0, ema=0.98, steps=250, batch=4,
+        clip="toy", conf=0.9, guidance=1.0, ema=0.98, steps=300, batch=4,
         micro_batch=4, lr=1e-3, vit_lr=1e-4, evals=2, stride=64),
     "voc": dict(),
     "coco": dict(labels=232, fit=False, epochs=10, micro_batch=1, lr=4e-3, vit_lr=4e-7),
