@@ -108,13 +108,13 @@ class Folder:
                             f"{len(self.classes) - 1} and ignore_index {self.ignore}")
         return torch.from_numpy(mask.astype(np.uint8))
 
-    def choose_labelled(self, count: int, seed: int, chosen: list | None = None) -> None:
-        """Splits the training images into `count` labelled ones and the unlabelled rest.
+    def choose_labelled(self, cfg, chosen: list | None = None) -> None:
+        """Splits the training images into `cfg.labels` labelled ones and the unlabelled rest.
 
-        By the list in splits/COUNT/labeled.txt; else by a draw with the seed. A draw of few
-        images easily misses a class, so of 100 draws the first with the most classes is taken.
+        By `chosen` (a run that goes on), by the list in splits/N/labeled.txt, or by a draw with
+        the seed. Few images easily miss a class: of 100 draws, the first with the most classes.
         """
-        fixed = self.path / "splits" / str(count) / "labeled.txt"
+        count, fixed = cfg.labels, self.path / "splits" / str(cfg.labels) / "labeled.txt"
         if chosen:
             self.labelled = [tuple(entry) for entry in chosen]
         elif fixed.exists():
@@ -124,7 +124,7 @@ class Folder:
             if count > len(masked):
                 raise UserError(f"--labels {count}: {self.path}/splits/train.txt has only "
                                 f"{len(masked)} images with masks")
-            shown, most, random = {}, -1, np.random.default_rng(seed)
+            shown, most, random = {}, -1, np.random.default_rng(cfg.seed)
             for _ in range(100):
                 draw = [masked[i] for i in random.choice(len(masked), count, replace=False)]
                 for entry in set(draw) - set(shown):
@@ -136,6 +136,9 @@ class Folder:
                     break
         taken = {image for image, _ in self.labelled}
         self.unlabelled = [entry for entry in self.train if entry[0] not in taken]
+        if cfg.unlabeled and not self.unlabelled:
+            raise UserError(f"{self.path}: no training image is left unlabelled; use "
+                            "--unlabeled off")
 
     def check(self) -> None:
         """Opens every mask that will be used; says all that is wrong at once, at most 20 lines."""
@@ -201,12 +204,8 @@ PUBLISHED = {
 }
 
 
-def open_data(cfg, classes: dict, labelled: list | None = None) -> Folder:
-    """The folder behind --dataset, checked, with its labelled and unlabelled images.
-
-    classes: published name -> class names with their concepts; labelled: the choice of an earlier
-    run that goes on.
-    """
+def open_data(cfg, classes: dict) -> Folder:
+    """The folder behind --dataset. classes: published name -> class names with their concepts."""
     published = PUBLISHED.get(cfg.dataset, {cfg.labels: None})
     if cfg.labels not in published:
         raise UserError(f"--labels {cfg.labels}: the published splits of {cfg.dataset} have "
@@ -215,12 +214,7 @@ def open_data(cfg, classes: dict, labelled: list | None = None) -> Folder:
         path = make_toy(cfg.root)
     else:
         path = Path(cfg.root) / cfg.dataset if cfg.dataset in PUBLISHED else Path(cfg.dataset)
-    folder = open_folder(path, classes.get(cfg.dataset))
-    folder.choose_labelled(cfg.labels, cfg.seed, labelled)
-    if cfg.unlabeled and not folder.unlabelled:
-        raise UserError(f"{path}: no training image is left unlabelled; use --unlabeled off")
-    folder.check()
-    return folder
+    return open_folder(path, classes.get(cfg.dataset))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -303,9 +297,22 @@ def conv_encoder(weights: str) -> torch.nn.Module:
 
 
 # ----------------------------------------------------------------------------------------------
-# Names of the published data sets that have no definitions, in the order of the mask values
+# Class names of the published data sets (VOC's stand in semivl.py), in the order of mask values
 # ----------------------------------------------------------------------------------------------
 
+CITYSCAPES = {
+    "road": "road|street|parking space", "sidewalk": "sidewalk",
+    "building": "building|skyscaper|house|bus stop building|garage|car port|scaffolding",
+    "wall": "individual standing wall, which is not part of a building",
+    "fence": "fence|hole in fence", "pole": "pole|sign pole|traffic light pole",
+    "traffic light": "traffic light", "traffic sign": "traffic sign|parking sign|direction sign",
+    "vegetation": "vegetation|tree|hedge", "terrain": "terrain|grass|soil|sand", "sky": "sky",
+    "person": "person|pedestrian|walking person|standing person|person sitting on the ground|"
+    "person sitting on a bench|person sitting on a chair",
+    "rider": "rider|cyclist|motorcyclist", "car": "car|jeep|SUV|van",
+    "truck": "truck|box truck|pickup truck|truck trailer", "bus": "bus", "train": "train|tram",
+    "motorcycle": "motorcycle|moped|scooter", "bicycle": "bicycle",
+}
 COCO = (
     "background|person|bicycle|car|motorcycle|airplane|bus|train|truck|boat|traffic light|"
     "fire hydrant|stop sign|parking meter|bench|bird|cat|dog|horse|sheep|cow|elephant|bear|zebra|"
@@ -329,7 +336,30 @@ ADE20K = (
     "food|step|tank|trade name|microwave|pot|animal|bicycle|lake|dishwasher|screen|blanket|"
     "sculpture|hood|sconce|vase|traffic light|tray|ashcan|fan|pier|crt screen|plate|monitor|"
     "bulletin board|shower|radiator|glass|clock|flag")
+CLASSES_OF = {
+    "cityscapes": {name: words.split("|") for name, words in CITYSCAPES.items()},
+    "coco": {name: [name] for name in COCO.split("|")},
+    "ade20k": {name: [name] for name in ADE20K.split("|")},
+}
 
+# What the authors call our tensors -> ours; replaced in this order.
+AUTHORS_NAMES = {
+    "module.": "", "decode_head.layers": "decoder.semantic", "decode_head.conv1": "decoder.lift",
+    "transformer.ffn.layers.0.0": "layer.linear1", "transformer.ffn.layers.1": "layer.linear2",
+    "transformer.attn.attn": "layer.self_attn", "transformer.ln": "layer.norm",
+    "aspp_convs.4.gap.1": "pooled.0", "aspp_convs.4.gap.2": "pooled.1", "aspp_convs": "branches",
+    "up1.conv.3": "up1.convs.1.0", "up1.conv.4": "up1.convs.1.1", "up1.conv.": "up1.convs.0.",
+    "up2.conv.3": "up2.convs.1.0", "up2.conv.4": "up2.convs.1.1", "up2.conv.": "up2.convs.0.",
+    "skip_proj.0": "deep_proj", "skip_proj.1": "shallow_proj", "decode_head": "decoder",
+    "conv_encoder.stem.7": "conv.bn1", "conv_encoder.stem": "conv.conv1",
+    "conv_encoder": "conv", "backbone.ln0": "clip.visual.ln_pre",
+    "backbone.ln1": "clip.visual.ln_post", "backbone.cls_token": "clip.visual.class_embedding",
+    "backbone.pos_embed": "clip.visual.positional_embedding",
+    "backbone.patch_embed.projection": "clip.visual.conv1",
+    "backbone.proj.weight": "clip.visual.proj",
+    "backbone.layers": "clip.visual.transformer.resblocks", "attn.attn": "attn", ".ln1": ".ln_1",
+    ".ln2": ".ln_2", "ffn.layers.0.0": "mlp.c_fc", "ffn.layers.1": "mlp.c_proj",
+}
 
 # ----------------------------------------------------------------------------------------------
 # Command line, run folders, tables, pictures
@@ -384,6 +414,19 @@ def parse_args(argv, config, presets: dict) -> tuple[dict, argparse.Namespace]:
     return typed, args
 
 
+def check_settings(cfg) -> None:
+    """Settings that cannot work together end here, not in the middle of a run."""
+    if cfg.batch % cfg.micro_batch:
+        raise UserError(f"--batch {cfg.batch}: not a multiple of --micro-batch {cfg.micro_batch}")
+    if cfg.scale_min > cfg.scale_max:
+        raise UserError(f"--scale-min {cfg.scale_min} is above --scale-max {cfg.scale_max}")
+    if cfg.stride > cfg.crop:
+        raise UserError(f"--stride {cfg.stride}: larger than the window (--crop {cfg.crop}), so "
+                        "pixels would be left out")
+    if cfg.decoder == "vision" and cfg.micro_batch == 1 and not cfg.unlabeled:
+        raise UserError("--decoder vision has batch norm: take --micro-batch 2 or more")
+
+
 def pick_device(name: str) -> torch.device:
     """"auto" is the accelerator that torch finds (CUDA, MPS), else the CPU."""
     if name == "auto":
@@ -395,7 +438,7 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: torch finds no such device on this machine") from None
 
 
-def new_run(cfg, folder: Folder, source: str) -> None:
+def new_run(cfg, folder: Folder, source: str) -> str:
     """Makes the run's folder: `cfg.out`, which must not hold anything yet, or runs/DATASET-LABELS,
     numbered when taken. It gets the settings, the labelled list and a copy of the source."""
     path = Path(cfg.out)
@@ -411,11 +454,11 @@ def new_run(cfg, folder: Folder, source: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be made ({error.strerror})") from None
-    cfg.out = str(path)
-    write_json(path / "config.json", dataclasses.asdict(cfg))
+    write_json(path / "config.json", dataclasses.asdict(cfg) | {"out": str(path)})
     lines = (" ".join(filter(None, entry)) + "\n" for entry in folder.labelled)
     (path / "labeled.txt").write_text("".join(lines))
     shutil.copy(source, path)
+    return str(path)
 
 
 def write_json(file, content) -> None:
@@ -438,6 +481,18 @@ def describe_run(run) -> str:
         f"{cfg.micro_batch} at a time, on {run.device}; seed {cfg.seed}\n"
         f"rates      {cfg.lr:g} (decoder), {cfg.vit_lr:g} (ViT)\n"
         f"writes to  {cfg.out}")
+
+
+def report(run, split: str, table: dict, rows: list) -> None:
+    """Prints and writes the end of a run: IoU per class [N] of each model, and pictures."""
+    classes = list(run.folder.classes)
+    print(iou_table(f"IoU, {split}", table, classes))
+    print(f"validation mIoU {run.last:.1f} at the last step, {run.best:.1f} at best; pictures in "
+          f"{run.cfg.out}/sheet.png")
+    columns = {name: dict(miou=float(iou.nanmean()), iou=iou.tolist()) for name, iou in table.items()}
+    write_json(f"{run.cfg.out}/result.json", dict(
+        val_last=run.last, val_best=run.best, classes=classes, **{split: columns}))
+    contact_sheet(f"{run.cfg.out}/sheet.png", ["image", "truth", *table], rows, classes)
 
 
 def iou_table(title: str, columns: dict, classes: list[str]) -> str:
@@ -782,8 +837,6 @@ STEPS = 800
 BATCH = 192  # pictures per step
 TILES = (16, 32)  # sides of the crops that CLIP sees; a step uses one of them
 LR = 3e-3
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 TINY_CLIP = {
     "embed_dim": 64,
     "vision_cfg": {
@@ -799,7 +852,7 @@ TINY_CLIP = {
 def to_tensor(images: list[Image.Image]) -> torch.Tensor:
     """-> normalised [N, 3, H, W]"""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
+    mean, std = map(torch.tensor, (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
     return ((pixels / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 

@@ -4,28 +4,29 @@ Paper: Hoyer, Tan, Naeem, Van Gool, Tombari, "SemiVL", ECCV 2024, arXiv 2311.162
 
 A few images with masks, many without, and a CLIP that has read the names of the classes:
 
-    few labelled images x, masks y            many unlabelled images
-              |                            /            |             \\
-      scale, crop, flip               weak view w   strong s1      strong s2
-              |                      /     |      \\       \\           /
-              |         FROZEN CLIP     EMA TEACHER \\      CutMix with a partner
-              |        guidance labels  pseudo-labels \\       |
-              |              \\             /           \\      |
-              |               targets, mixed             \\    |
-              |                    |                      \\   |
-              +---> STUDENT: CLIP ViT (only attention trains) + language-guided decoder
-                    logits of x, s1, s2 and of w with perturbed features
-                    loss = cross-entropy(x, y) + consistency(pseudo-labels) + guidance(frozen CLIP)
+    labelled image x, mask y                      unlabelled image
+              |                     /                    |                  \\
+       scale, crop, flip        weak view w       strong view s1       strong view s2
+              |                 |    |    |              |                    |
+              |      EMA TEACHER  FROZEN CLIP |     CutMix of views and of their targets
+              |       pseudo-label   label    |          |                    |
+              v                               v          v                    v
+       STUDENT(x)          STUDENT(w, features dropped)  STUDENT(s1)          STUDENT(s2)
+              |                               |          |                    |
+       cross-entropy(y)       cross-entropy with the teacher's and with frozen CLIP's labels
 
-    python semivl.py                                       the built-in toy world, minutes on a CPU
-    python semivl.py --dataset FOLDER --labels 8           your own pictures (layout: README.md)
+    teacher, student and frozen CLIP are one ViT (shared tensors where nothing trains)
+
+    python semivl.py                                       the built-in toy world: minutes, a CPU
+    python semivl.py --dataset FOLDER --labels 8           your own pictures (README.md)
     python semivl.py --dataset voc --labels 92             the published protocol
-    python semivl.py --eval runs/toy-4/last.pt             table of IoU per class
-    python semivl.py --predict runs/toy-4/last.pt a.png    palette PNG and overlay
+    python semivl.py --eval runs/toy-4/last.pt             IoU per class of a checkpoint
+    python semivl.py --predict runs/toy-4/last.pt a.png    palette PNG and overlay of a picture
 
-Letters for shapes, used in every comment below:
-    B images, N classes, K concepts, H x W image, P patch, h = ceil(H/P), w = ceil(W/P),
-    D width of the ViT, E width of CLIP's joint space, T tokens (1 + h*w).
+Letters for shapes, in every comment below:
+    B images, N classes, K concepts, H x W image, P patch, h = ceil(H/P), w = ceil(W/P), D width of
+    the ViT, E width of CLIP's joint space, T = 1 + h*w tokens, C = 128 channels of a class's map.
+In sections 7, 8 and 10, where no grid is in sight, x is the labelled image and w the weak view.
 """
 
 import copy
@@ -33,6 +34,7 @@ import dataclasses
 import json
 import math
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +53,6 @@ from data_prep import UserError
 
 # ----------------------------------------------------------------------------------------------
 # 1. Settings: one flat config; presets hold the published recipes; the command line overrides
-# ----------------------------------------------------------------------------------------------
 
 def setting(group: str, default, meaning: str, choices=None, low=0, high=math.inf):
     """A config field that carries its own line of `--help` and the values it may take."""
@@ -88,16 +89,16 @@ class Config:
 
     unlabeled: bool = setting("method", True, "use the unlabelled images")
     conf: float = setting("method", 0.95, "confidence from which a pseudo-label counts", high=1)
-    weighting: str = setting("method", "pixel", "which pseudo-labels count: pixels above conf; or "
-                             "all, by their image's mean confidence, or by its share above conf",
+    weighting: str = setting("method", "pixel", "weight of a pseudo-label: 1 above conf else 0, its "
+                             "image's mean confidence, or its image's share above conf",
                              choices=("pixel", "mean", "share"))
     guidance: float = setting("method", 0.1, "weight of the frozen CLIP's loss; falls to 0")
     guidance_conf: float = setting("method", 0.9, "the same as conf for frozen CLIP", high=1)
     ema: float = setting("method", 0.996, "decay of the teacher; 0: the student itself", high=1)
 
     steps: int = setting("training", 0, "optimiser steps; 0: by epochs")
-    epochs: int = setting("training", 80, "passes over the unlabelled images", low=1)
-    batch: int = setting("training", 8, "labelled + as many unlabelled images a step", low=1)
+    epochs: int = setting("training", 80, "length of a run: passes over the unlabelled images", low=1)
+    batch: int = setting("training", 8, "labelled images a step, and as many unlabelled", low=1)
     micro_batch: int = setting("training", 2, "of these at a time (gradients add up)", low=1)
     lr: float = setting("training", 1e-3, "learning rate of the decoder")
     vit_lr: float = setting("training", 1e-6, "learning rate of the ViT, and of conv_skip")
@@ -106,21 +107,22 @@ class Config:
     precision: str = setting("training", "auto", "bf16: autocast; auto: bf16 on CUDA only",
                              choices=("auto", "fp32", "bf16"))
 
-    window: str = setting("evaluation", "logits", "average the windows' logits, or sum their "
+    window: str = setting("evaluation", "logits", "average the windows' logits, or their "
                           "probabilities", choices=("logits", "probabilities"))
-    stride: int = setting("evaluation", 426, "step of the sliding window, pixels", low=1)
+    stride: int = setting("evaluation", 0, "step of the window, pixels; 0: 5/6 of the crop")
 
     out: str = setting("run", "", "folder of the run; '': runs/DATASET-LABELS, numbered")
     seed: int = setting("run", 0, "of labels drawn, initial weights, order, augmentation")
     device: str = setting("run", "auto", "auto, cuda, mps or cpu")
 
 
-# What a data set changes of the defaults, which are VOC's; folders use the defaults too.
+# What a data set changes of the defaults, which are VOC's. Folders use the defaults as they are;
+# without --dataset, the toy's preset is taken.
 PRESETS = {
     "toy": dict(
         dataset="toy", labels=4, crop=64, fit=False, scale_min=0.8, scale_max=1.25, workers=0,
         clip="toy", conf=0.9, guidance=1.0, ema=0.98, steps=300, batch=4,
-        micro_batch=4, lr=1e-3, vit_lr=1e-4, evals=2, stride=64),
+        micro_batch=4, lr=1e-3, vit_lr=1e-4, evals=2),
     "voc": dict(),
     "coco": dict(labels=232, fit=False, epochs=10, micro_batch=1, lr=4e-3, vit_lr=4e-7),
     "ade20k": dict(labels=158, epochs=40, micro_batch=1, lr=4e-3, vit_lr=4e-7),
@@ -137,7 +139,6 @@ IGNORE = data_prep.IGNORE  # 255, "no label" in every mask, whatever a folder's 
 # A name alone is a poor prompt: "background" is a word for nothing that CLIP has seen. A class
 # is therefore defined by concepts; the prediction of a class is the best of its concepts.
 # Spelling is as published ("wolve", "diningtable"): the published weights saw these strings.
-# ----------------------------------------------------------------------------------------------
 
 VOC = {
     "background": "background|bed|building|cabinet|ceiling|curtain|door|fence|floor|grass|ground|"
@@ -156,26 +157,9 @@ VOC = {
     "pottedplant": "potted plant|indoor plant in a pot|outdoor plant in a pot", "sheep": "sheep",
     "sofa": "sofa", "train": "train|train carriage", "tvmonitor": "tv|monitor|standalone screen",
 }
-CITYSCAPES = {
-    "road": "road|street|parking space", "sidewalk": "sidewalk",
-    "building": "building|skyscaper|house|bus stop building|garage|car port|scaffolding",
-    "wall": "individual standing wall, which is not part of a building",
-    "fence": "fence|hole in fence", "pole": "pole|sign pole|traffic light pole",
-    "traffic light": "traffic light", "traffic sign": "traffic sign|parking sign|direction sign",
-    "vegetation": "vegetation|tree|hedge", "terrain": "terrain|grass|soil|sand", "sky": "sky",
-    "person": "person|pedestrian|walking person|standing person|person sitting on the ground|"
-    "person sitting on a bench|person sitting on a chair",
-    "rider": "rider|cyclist|motorcyclist", "car": "car|jeep|SUV|van",
-    "truck": "truck|box truck|pickup truck|truck trailer", "bus": "bus", "train": "train|tram",
-    "motorcycle": "motorcycle|moped|scooter", "bicycle": "bicycle",
-}
-# class -> its concepts, in the order of the mask values
-CLASSES = {
-    "voc": {name: concepts.split("|") for name, concepts in VOC.items()},
-    "cityscapes": {name: concepts.split("|") for name, concepts in CITYSCAPES.items()},
-    "coco": {name: [name] for name in data_prep.COCO.split("|")},  # names only
-    "ade20k": {name: [name] for name in data_prep.ADE20K.split("|")},
-}
+# data set -> class, in the order of the mask values -> its concepts. The names of the other sets
+# are in data_prep.py; COCO and ADE20K have no definitions.
+CLASSES = {"voc": {name: words.split("|") for name, words in VOC.items()}, **data_prep.CLASSES_OF}
 
 
 @torch.no_grad()
@@ -186,11 +170,11 @@ def encode_text(clip: open_clip.CLIP, names: list[str]) -> torch.Tensor:
 
 
 class Language(NamedTuple):
-    """The texts of one data set: what the decoder reads, and what the frozen CLIP reads."""
+    """The text embeddings of one data set."""
 
-    text: torch.Tensor  # [N, E], one row a class, L2-normalised
+    decoder_text: torch.Tensor  # [N, E], what the decoder reads; all rows are L2-normalised
     names: torch.Tensor  # [N, E], the class names alone
-    concepts: torch.Tensor  # [K, E]
+    concepts: torch.Tensor  # [K, E], what frozen CLIP reads; those of a class stand together
     owner: torch.Tensor  # [K], the class of each concept
 
 
@@ -214,10 +198,13 @@ def describe_classes(clip, classes: dict[str, list[str]], cfg: Config) -> Langua
 #
 # Attention in the last block gathers the image into the class token, so patch outputs are not
 # what the text was trained against. Skipping that attention (MaskCLIP's "value path") lets each
-# patch speak for itself, in the same joint space as the text.
-# ----------------------------------------------------------------------------------------------
+# patch speak for itself, in the same joint space as the text. The decoder's skip maps are value
+# paths too: early blocks still know where exactly things end.
 
-CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+# Mean and standard deviation of images. CLIP was trained with its own; the authors feed it images
+# normalised with ImageNet's (`authors_clip`). The ResNet of `conv_skip` wants ImageNet's: images
+# then come with those, and DenseCLIP turns them back into CLIP's.
+CLIP_STATS = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -246,11 +233,15 @@ class DenseCLIP(nn.Module):
 
     Args:
         visual: open_clip's VisionTransformer (`open_clip.create_model(...).visual`).
-        grid: (h, w) of the training crop; the position embedding is resized to it once and
-            trained there. Other sizes interpolate from that in each forward.
+        grid: size that the position embedding is resized to, once, and trained at; any other
+            image size interpolates from it in each forward.
         authors: exact GELU and LayerNorm eps 1e-6, which the authors' weights were trained with;
             OpenAI's CLIP has QuickGELU and 1e-5.
         from_imagenet: images come with ImageNet's statistics and are re-normalised to CLIP's.
+    `visual` itself is changed (position embedding, and with `authors` GELU and eps).
+
+        vit = open_clip.create_model("ViT-B-16-quickgelu", pretrained="openai").visual
+        dense, (shallow, deep) = DenseCLIP(vit)(torch.randn(1, 3, 224, 224))
     """
 
     def __init__(self, visual, grid=None, authors=False, from_imagenet=False):
@@ -276,7 +267,8 @@ class DenseCLIP(nn.Module):
         self.from_imagenet = from_imagenet
 
     def encode(self, images: torch.Tensor, last_attention: bool = False):
-        """[B, 3, H, W] -> joint-space tokens [B, T, E], two skip maps [B, D, h, w], (h, w)."""
+        """[B, 3, H, W] -> tokens in the joint space [B, T, E], the same as a map [B, E, h, w], and
+        the skip maps [B, D, h, w]. The last block's attention is skipped unless asked for."""
         vit, P = self.visual, self.patch
         if self.from_imagenet:
             images = renormalize(images, IMAGENET_STATS, CLIP_STATS)
@@ -289,29 +281,27 @@ class DenseCLIP(nn.Module):
         x = x + resize_position(vit.positional_embedding, self.grid, (h, w)).to(x.dtype)
         x = vit.ln_pre(x)
 
-        blocks = vit.transformer.resblocks
-        skips = []
-        for i, block in enumerate(blocks):
-            # The skips are value paths too, NOT the blocks' outputs. (Two blocks: twice block 0.)
-            skips += [value_path(block, x)[:, 1:]] * self.skip_blocks.count(i)
-            attend = i + 1 < len(blocks) or last_attention
-            x = block(x) if attend else value_path(block, x)
+        def to_map(tokens):  # [B, T, c] -> [B, c, h, w], without the class token
+            return tokens[:, 1:].transpose(1, 2).unflatten(2, (h, w))
+
+        maps = {}
+        for i, block in enumerate(vit.transformer.resblocks):
+            if i in self.skip_blocks:
+                maps[i] = to_map(value_path(block, x))  # NOT the block's output
+            last = i + 1 == len(vit.transformer.resblocks)
+            x = value_path(block, x) if last and not last_attention else block(x)
         x = vit.ln_post(x) @ vit.proj  # [B, T, E]
-        skips = [s.transpose(1, 2).unflatten(2, (h, w)) for s in skips]  # [B, D, h, w]
-        return x, skips, (h, w)
+        return x, to_map(x), [maps[i] for i in self.skip_blocks]
 
     def forward(self, images: torch.Tensor):
-        """[B, 3, H, W] normalised -> dense embedding [B, E, h, w], L2-normalised, and skips.
-
-            dense, (skip0, skip4) = DenseCLIP(open_clip.create_model("ViT-B-16").visual)(images)
-        """
-        x, skips, (h, w) = self.encode(images)
-        dense = x[:, 1:].transpose(1, 2).unflatten(2, (h, w))  # [B, E, h, w]
+        """[B, 3, H, W], normalised -> dense embedding [B, E, h, w], L2-normalised over E, and two
+        skip maps [B, D, h, w], shallow and deep."""
+        _, dense, skips = self.encode(images)
         return F.normalize(dense, dim=1), skips
 
     def image_embedding(self, images: torch.Tensor) -> torch.Tensor:
-        """CLIP's own embedding of the whole image, [B, E]: equal to open_clip's `encode_image`
-        at the size CLIP was trained on, if and only if the weights are where they belong."""
+        """CLIP's own embedding of the whole image, [B, E], L2-normalised: a check that weights are
+        where they belong. At the size CLIP was trained on it is open_clip's `encode_image`."""
         x, _, _ = self.encode(images, last_attention=True)
         return F.normalize(x[:, 1:].mean(1) if self.visual.pool_type == "avg" else x[:, 0], dim=-1)
 
@@ -327,8 +317,8 @@ def renormalize(images, old, new):
 # 4. Spatial fine-tuning: which weights may learn, so that CLIP does not forget? (paper: 3.2)
 #
 # What CLIP lacks is local, spatial reasoning, which lives in attention. What it knows lives in
-# the MLPs. So attention and the position embedding train, the rest stays as it was.
-# ----------------------------------------------------------------------------------------------
+# the MLPs. So attention and the position embedding train, the rest stays as it was. (The q and k
+# of the last block are on no path to the loss: no gradient reaches them, only weight decay does.)
 
 def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
     """Sets what trains in the ViT: "spatial" (attention, position embedding), "all" or "none".
@@ -342,11 +332,12 @@ def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
 
 
 def copy_trained(module: nn.Module) -> nn.Module:
-    """A frozen twin with its own copy of the tensors that train, and the very same frozen ones.
+    """A frozen twin with its own copy of the parameters that train, and the very same frozen ones.
 
     Teacher and guidance need yesterday's weights; two thirds of CLIP have no yesterday. Move the
     module to its device first: moving later would part what is shared.
     """
+    # deepcopy takes what `memo` already holds for an object instead of copying it.
     shared = {id(p): p for p in module.parameters() if not p.requires_grad}
     return copy.deepcopy(module, memo=shared).requires_grad_(False).eval()
 
@@ -356,12 +347,16 @@ def copy_trained(module: nn.Module) -> nn.Module:
 #
 # Every class is an item of a batch of B*N single-channel maps, so no weight belongs to a class:
 # the decoder learns how similarity maps become masks, for any number of classes.
-# ----------------------------------------------------------------------------------------------
 
 C = 128  # channels of a class's map
 
 
-def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=lambda c: nn.GroupNorm(c // 16, c)):
+def group_norm(channels: int) -> nn.GroupNorm:
+    """16 channels a group, as everywhere in the language-guided decoder."""
+    return nn.GroupNorm(channels // 16, channels)
+
+
+def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=group_norm):
     """Convolution that keeps the size, without bias (the norm has one), norm, ReLU."""
     pad = dilation * (kernel // 2)
     conv = nn.Conv2d(c_in, c_out, kernel, padding=pad, dilation=dilation, bias=False)
@@ -374,14 +369,13 @@ class ASPP(nn.Module):
     [B, c_in, h, w] -> [B, c_out, h, w]; each of the five branches has `width` channels.
     """
 
-    def __init__(self, c_in: int, width: int, c_out: int, **norm):
+    def __init__(self, c_in: int, width: int, c_out: int, norm=group_norm):
         super().__init__()
         self.branches = nn.ModuleList(
-            [conv_norm_relu(c_in, width, 1, **norm)]
-            + [conv_norm_relu(c_in, width, 3, dilation, **norm) for dilation in (6, 12, 18)]
-        )
-        self.pooled = conv_norm_relu(c_in, width, 1, **norm)
-        self.project = conv_norm_relu(5 * width, c_out, 1, **norm)
+            [conv_norm_relu(c_in, width, 1, norm=norm)]
+            + [conv_norm_relu(c_in, width, 3, dilation, norm) for dilation in (6, 12, 18)])
+        self.pooled = conv_norm_relu(c_in, width, 1, norm=norm)
+        self.project = conv_norm_relu(5 * width, c_out, 1, norm=norm)
 
     def forward(self, x):
         image = self.pooled(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:])
@@ -404,15 +398,27 @@ class SemanticReasoning(nn.Module):
     def forward(self, x, text):
         B, N, _, h, w = x.shape
         maps = x.flatten(0, 1)  # [B*N, C, h, w]
-        # Relations are coarse: 4 x 4 patches share one. Small windows have fewer than four.
+        # Relations are coarse: 4 x 4 patches share one (floored and stretched back, as published;
+        # a small window may have fewer than four patches a side).
         pooled = F.avg_pool2d(maps, (min(4, h), min(4, w)))  # [B*N, C, h', w']
         size = pooled.shape[2:]
         tokens = pooled.unflatten(0, (B, N)).permute(0, 3, 4, 1, 2).flatten(0, 2)  # [B*h'*w', N, C]
         text = text.expand(len(tokens), -1, -1)
         tokens = self.layer(torch.cat([tokens, text], dim=2))[..., :C]  # [B*h'*w', N, C]
         pooled = tokens.unflatten(0, (B, *size)).permute(0, 3, 4, 1, 2)  # [B, N, C, h', w']
-        delta = F.interpolate(pooled.flatten(0, 1), (h, w), mode="bilinear", align_corners=True)
-        return x + delta.unflatten(0, (B, N))
+        refined = F.interpolate(pooled.flatten(0, 1), (h, w), mode="bilinear", align_corners=True)
+        return x + refined.unflatten(0, (B, N))
+
+
+def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """How similar is each place to each text? dense [B, E, h, w], text [N, E] -> [B, N, h, w].
+
+    Both sides are normalised here, dense a second time: feature dropout changes its length. float32
+    even under autocast: bf16 knows cosines to 0.002 only, and guidance multiplies them by 100.
+    """
+    with torch.autocast(dense.device.type, enabled=False):
+        dense, text = F.normalize(dense.float(), dim=1), F.normalize(text.float(), dim=1)
+        return torch.einsum("behw,ne->bnhw", dense, text)
 
 
 class UpStage(nn.Module):
@@ -438,28 +444,24 @@ class LanguageGuidedDecoder(nn.Module):
 
     Args:
         embed_dim: E, width of CLIP's joint space.
-        skip_dims: channels of the skip maps of stage 1 (deep) and stage 2 (shallow).
-        skip_widths: channels they are projected to.
+        shallow_dim, deep_dim: channels of the two skip maps.
+        shallow_width: channels that the shallow one is projected to.
+
+        logits = LanguageGuidedDecoder(512, 768, 768)(dense, (shallow, deep), text)
     """
 
-    def __init__(self, embed_dim: int, skip_dims: tuple, skip_widths: tuple = (32, 16)):
+    def __init__(self, embed_dim: int, shallow_dim: int, deep_dim: int, shallow_width: int = 16):
         super().__init__()
         self.lift = nn.Conv2d(1, C, 7, padding=3)
         self.aspp = ASPP(C, C, C)
         self.text_proj = nn.Sequential(nn.Linear(embed_dim, C), nn.ReLU())
         self.semantic = nn.ModuleList([SemanticReasoning(), SemanticReasoning()])
-        self.skip_proj = nn.ModuleList(
+        self.deep_proj, self.shallow_proj = (
             nn.Sequential(nn.Conv2d(dim, width, 3, padding=1), nn.ReLU())
-            for dim, width in zip(skip_dims, skip_widths)
-        )
-        self.up1 = UpStage(C, skip_widths[0], 64)
-        self.up2 = UpStage(64, skip_widths[1], 32)
+            for dim, width in ((deep_dim, 32), (shallow_dim, shallow_width)))
+        self.up1 = UpStage(C, 32, 64)
+        self.up2 = UpStage(64, shallow_width, 32)
         self.head = nn.Conv2d(32, 1, 3, padding=1)
-
-    def similarity(self, dense, text):
-        """Cosine of dense [B, E, h, w] and text [N, E] -> [B, N, h, w]."""
-        dense, text = F.normalize(dense, dim=1), F.normalize(text, dim=1)
-        return torch.einsum("behw,ne->bnhw", dense, text)
 
     def spatial_reasoning(self, similarity):
         """Each class alone: [B, N, h, w] -> [B, N, C, h, w]."""
@@ -477,12 +479,12 @@ class LanguageGuidedDecoder(nn.Module):
         """dense [B, E, h, w], skips (shallow, deep) [B, D, ., .], text [N, E]
         -> logits [B, N, 4h, 4w]."""
         shallow, deep = skips
-        x = self.spatial_reasoning(self.similarity(dense, text))
+        x = self.spatial_reasoning(cosine_maps(dense, text))
         x = self.semantic_reasoning(x, text)
         B, N = x.shape[:2]
         x = x.flatten(0, 1)  # [B*N, C, h, w]
-        x = self.up1(x, self.skip_proj[0](deep))  # [B*N, 64, 2h, 2w]
-        x = self.up2(x, self.skip_proj[1](shallow))  # [B*N, 32, 4h, 4w]
+        x = self.up1(x, self.deep_proj(deep))  # [B*N, 64, 2h, 2w]
+        x = self.up2(x, self.shallow_proj(shallow))  # [B*N, 32, 4h, 4w]
         return self.head(x).view(B, N, *x.shape[2:])
 
 
@@ -495,12 +497,11 @@ class VisionDecoder(nn.Module):
 
     def __init__(self, embed_dim: int, skip_dim: int, classes: int, width: int = 64):
         super().__init__()
-        norm = dict(norm=nn.BatchNorm2d)
-        self.aspp = ASPP(embed_dim, width, width, **norm)
-        self.skip_proj = conv_norm_relu(skip_dim, 48, 1, **norm)
-        self.fuse = nn.Sequential(
-            conv_norm_relu(48 + width, 256, 3, **norm), conv_norm_relu(256, 256, 3, **norm)
-        )
+        norm = nn.BatchNorm2d
+        self.aspp = ASPP(embed_dim, width, width, norm)
+        self.skip_proj = conv_norm_relu(skip_dim, 48, 1, norm=norm)
+        self.fuse = nn.Sequential(conv_norm_relu(48 + width, 256, 3, norm=norm),
+                                  conv_norm_relu(256, 256, 3, norm=norm))
         self.head = nn.Conv2d(256, classes, 1)
 
     def forward(self, dense, skips, text=None):
@@ -510,7 +511,6 @@ class VisionDecoder(nn.Module):
 
 # ----------------------------------------------------------------------------------------------
 # 6. The model: images -> logits
-# ----------------------------------------------------------------------------------------------
 
 class SemiVL(nn.Module):
     """Images -> logits: dense CLIP, optional convolutional skip, decoder.
@@ -544,7 +544,8 @@ class SemiVL(nn.Module):
             ]
         dense, *skips = features
         logits = self.decoder(dense, skips, self.text)
-        # The corner padding is squeezed in, not cut off: the authors' weights are used to it.
+        # Logits of the zero-padded frame are squeezed into H x W; the padding is not cut off. The
+        # authors' weights are used to it (under 2 % at 801 pixels).
         return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=False)
 
 
@@ -556,25 +557,25 @@ class FrozenGuidance(nn.Module):
 
     Args:
         clip: a DenseCLIP that nobody trains (see `copy_trained`).
-        concepts: [K, E] text embeddings; owner: [K], the class of each concept.
+        concepts: [K, E] text embeddings; owner: [K], the class of each, in ascending order.
+        conf: probability from which a label counts.
     """
 
     def __init__(self, clip: DenseCLIP, concepts, owner, conf: float = 0.9):
         super().__init__()
         self.clip, self.conf = clip, conf
-        self.register_buffer("concepts", F.normalize(concepts, dim=1))
-        self.register_buffer("owner", owner)
+        self.register_buffer("concepts", concepts)
+        self.sizes = owner.bincount().tolist()  # concepts of each class
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W], normalised -> zero-shot logits [B, N, H, W], 100 times a cosine."""
         dense, _ = self.clip(images)
-        similarity = torch.einsum("behw,ke->bkhw", dense, self.concepts)  # [B, K, h, w]
-        classes = range(int(self.owner.max()) + 1)
+        similarity = cosine_maps(dense, self.concepts)  # [B, K, h, w]
         # A class is where ANY of its concepts is: the best one speaks for it.
-        similarity = torch.stack([similarity[:, self.owner == n].amax(1) for n in classes], dim=1)
+        similarity = torch.stack([s.amax(1) for s in similarity.split(self.sizes, dim=1)], dim=1)
         similarity = F.interpolate(similarity, images.shape[2:], mode="bilinear")  # [B, N, H, W]
-        return 100 * similarity
+        return 100 * similarity  # 100 is the scale that CLIP's training ended at
 
     def labels(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] -> guidance labels [B, H, W], IGNORE where CLIP is not sure."""
@@ -592,6 +593,7 @@ class EMATeacher:
     def __init__(self, student: nn.Module, decay: float = 0.996):
         self.model, self.decay = copy_trained(student), decay
 
+    @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Logits [B, N, H, W] of images [B, 3, H, W]."""
         return self.model(images)
@@ -610,33 +612,61 @@ class EMATeacher:
             mine.copy_(theirs)  # batch-norm statistics are moving averages already
 
 
+def assemble(cfg: Config, visual, text: torch.Tensor, conv_weights: str = "none") -> SemiVL:
+    """The model that the settings describe, around a visual tower and the classes' text [N, E]."""
+    # 801 // 16 = 50, though a padded crop has 51 patches a side: the authors' weights hold 50 x 50.
+    side = cfg.crop // visual.conv1.kernel_size[0]
+    clip = DenseCLIP(visual, (side, side), cfg.authors_clip, from_imagenet=cfg.conv_skip)
+    spatial_fine_tuning(clip, cfg.finetune)
+    E, D = clip.embed_dim, clip.width
+    if cfg.decoder == "vision":
+        return SemiVL(clip, VisionDecoder(E, D, len(text)), text)
+    if cfg.conv_skip:
+        decoder = LanguageGuidedDecoder(E, shallow_dim=256, deep_dim=D, shallow_width=32)
+        return SemiVL(clip, decoder, text, data_prep.conv_encoder(conv_weights))
+    return SemiVL(clip, LanguageGuidedDecoder(E, D, D), text)
+
+
+def normalize(images: torch.Tensor, cfg: Config) -> torch.Tensor:
+    """uint8 [..., 3, H, W] -> float, by the statistics the model was trained with."""
+    mean, std = IMAGENET_STATS if cfg.authors_clip or cfg.conv_skip else CLIP_STATS
+    # After the copy to the device: bytes are a quarter of the traffic.
+    return VF.normalize(images.float() / 255, mean, std)
+
+
+def autocast(cfg: Config, device: torch.device):
+    """bf16 for matrix products, float32 for softmax, norms and losses (torch's own lists)."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    enabled = cfg.precision == "bf16" or (cfg.precision == "auto" and bf16)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
 # ----------------------------------------------------------------------------------------------
 # 7. Augmentation: one weak and two strong views of the same crop
 #
 # The weak view is easy, so its prediction makes a good target. The strong views show the same
 # pixels with other colours, so that consistency has something to learn. Geometry is shared.
-# ----------------------------------------------------------------------------------------------
 
-def fit_size(height: int, width: int, scale: float) -> list[int]:
-    """Rounds as the authors' data pipeline does."""
+def scaled_size(height: int, width: int, scale: float) -> list[int]:
+    """[height, width] times scale, rounded half up."""
     return [int(height * scale + 0.5), int(width * scale + 0.5)]
 
 
 def random_size(height: int, width: int, cfg: Config) -> list[int]:
     """A random size for an image, keeping its aspect; r is uniform in [scale_min, scale_max].
 
-    With `fit`, the largest within (4 crop r) x (crop r), long and short side; otherwise the long
-    side becomes r times itself, a whole number.
+    With `fit`, as large as goes into (4 crop r) x (crop r), long and short side: at a crop of 512
+    and r = 1, 500 x 375 becomes 683 x 512. Otherwise the long side becomes r times itself.
     """
     long, short = max(height, width), min(height, width)
     if cfg.fit:
         r = float(torch.empty(()).uniform_(cfg.scale_min, cfg.scale_max))
-        return fit_size(height, width, min(4 * cfg.crop * r / long, cfg.crop * r / short))
+        return scaled_size(height, width, min(4 * cfg.crop * r / long, cfg.crop * r / short))
     low, high = int(cfg.scale_min * long), int(cfg.scale_max * long)
-    return fit_size(height, width, int(torch.randint(low, high + 1, ())) / long)
+    return scaled_size(height, width, int(torch.randint(low, high + 1, ())) / long)
 
 
-def weak_view(image: torch.Tensor, mask: torch.Tensor, cfg: Config):
+def scale_crop_flip(image: torch.Tensor, mask: torch.Tensor, cfg: Config):
     """Random scale, crop and flip: uint8 [3, ., .], [., .] -> [3, crop, crop], [crop, crop].
 
     A small image is padded at the right and bottom: black, mask IGNORE.
@@ -674,6 +704,15 @@ def cutmix_box(size: int) -> torch.Tensor:
             return torch.tensor([top, left, top + height, left + width])
 
 
+STREAM = 1_000_003  # keeps the random numbers of neighbouring seeds apart
+
+
+@lru_cache(maxsize=4)
+def shuffled(length: int, *seed: int) -> np.ndarray:
+    """A random order of `length` things, the same for the same seed."""
+    return np.random.default_rng(seed).permutation(length)
+
+
 class TrainingPictures(Dataset):
     """Item i is all that position i of a run needs: one labelled and one unlabelled image.
 
@@ -690,24 +729,23 @@ class TrainingPictures(Dataset):
         return self.length
 
     def pick(self, which: str, i: int):
-        """Entry i of the endless, per-epoch shuffled list `which`."""
+        """Entry i of the list `which`, repeated without end and shuffled anew each time."""
         entries = self.lists[which]
         epoch, place = divmod(i, len(entries))
-        order = np.random.default_rng([self.cfg.seed, which == "labelled", epoch])
-        return entries[order.permutation(len(entries))[place]]
+        return entries[shuffled(len(entries), self.cfg.seed, epoch)[place]]
 
     def __getitem__(self, i: int) -> dict:
         cfg = self.cfg
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(cfg.seed * 1_000_003 + i)
+            torch.manual_seed(cfg.seed * STREAM + i)
             entry = self.pick("labelled", i)
-            x, y = weak_view(self.folder.image(entry), self.folder.mask(entry), cfg)
+            x, y = scale_crop_flip(self.folder.image(entry), self.folder.mask(entry), cfg)
             item = dict(x=x, y=y, files=str(entry[0]))
             if self.lists["unlabelled"]:
                 entry = self.pick("unlabelled", i)
                 image = self.folder.image(entry)
                 blank = torch.zeros(image.shape[1:], dtype=torch.uint8)
-                w, blank = weak_view(image, blank, cfg)
+                w, blank = scale_crop_flip(image, blank, cfg)
                 item.update(
                     w=w, s1=strong_view(w), s2=strong_view(w), padding=blank == IGNORE,
                     box1=cutmix_box(cfg.crop), box2=cutmix_box(cfg.crop),
@@ -715,16 +753,8 @@ class TrainingPictures(Dataset):
         return item
 
 
-def normalize(images: torch.Tensor, cfg: Config) -> torch.Tensor:
-    """uint8 [..., 3, H, W] -> float, by the statistics the model was trained with."""
-    mean, std = IMAGENET_STATS if cfg.authors_clip or cfg.conv_skip else CLIP_STATS
-    # On the training device, after the copy: bytes are a quarter of the traffic.
-    return VF.normalize(images.float() / 255, mean, std)
-
-
 # ----------------------------------------------------------------------------------------------
 # 8. Consistency: what should the student say about an image without a mask? (paper: 3.1, 3.4)
-# ----------------------------------------------------------------------------------------------
 
 class Targets(NamedTuple):
     """What the unlabelled images are taught, per pixel; all [B, H, W]. They travel together."""
@@ -733,6 +763,10 @@ class Targets(NamedTuple):
     confidence: torch.Tensor  # its probability
     padding: torch.Tensor  # True where there is no image
     guide: torch.Tensor  # label of the frozen CLIP, or IGNORE
+
+    def map(self, change) -> "Targets":
+        """The same change to each of the four."""
+        return Targets(*(change(t) for t in self))
 
     def shares(self, conf: float) -> dict:
         """For the log: which part of the pixels has a pseudo-label, a guidance label."""
@@ -757,13 +791,13 @@ def cutmix(images: torch.Tensor, targets: Targets, box: torch.Tensor):
     """Pastes each image's box [B, 4] from its partner, with everything known about those pixels.
 
     The partner is the image at the mirrored place of the batch, so that each image is loaded and
-    predicted once. A batch of one is its own partner: then nothing changes.
+    predicted once. The middle one of an odd batch is its own partner: then nothing changes.
     """
     rows = torch.arange(images.shape[2], device=images.device)[None, :, None]
     cols = torch.arange(images.shape[3], device=images.device)[None, None, :]
     top, left, bottom, right = box.view(-1, 4, 1, 1).unbind(1)
     inside = (rows >= top) & (rows < bottom) & (cols >= left) & (cols < right)  # [B, H, W]
-    mixed = Targets(*(torch.where(inside, t.flip(0), t) for t in targets))
+    mixed = targets.map(lambda t: torch.where(inside, t.flip(0), t))
     return torch.where(inside.unsqueeze(1), images.flip(0), images), mixed
 
 
@@ -797,7 +831,11 @@ def guidance_loss(logits, targets: Targets):
 
 
 def semivl_loss(student, x, y, views, cfg: Config, guidance_weight: float) -> dict:
-    """One forward of the student and all seven losses (paper, eq. 1-6).
+    """One forward of the student and all seven losses:
+
+        (x + (s1 + s2 + 2 fp) / 4) / 2 + guidance_weight (guide_s1 + guide_s2 + 2 guide_fp) / 4
+
+    Labelled and unlabelled images share the first half evenly; guidance has a weight of its own.
 
     Args:
         x, y: labelled images [B, 3, H, W] and masks [B, H, W].
@@ -826,7 +864,6 @@ def semivl_loss(student, x, y, views, cfg: Config, guidance_weight: float) -> di
 
 # ----------------------------------------------------------------------------------------------
 # 9. Evaluation: sliding window, one confusion matrix, mIoU
-# ----------------------------------------------------------------------------------------------
 
 def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
     """Where windows start along a side of `size` pixels.
@@ -863,11 +900,12 @@ def sliding_window(model, images, window: int, stride: int, mode: str = "logits"
 def segment(model, image: torch.Tensor, cfg: Config, device) -> torch.Tensor:
     """The data set's test protocol for one uint8 image [3, H, W] -> scores [N, H, W]."""
     H, W = image.shape[1:]
+    stride = cfg.stride or 5 * cfg.crop // 6
     if cfg.fit:  # the short side becomes the window's, whatever the long one does
-        image = VF.resize(image, fit_size(H, W, cfg.crop / min(H, W)), antialias=True)
+        image = VF.resize(image, scaled_size(H, W, cfg.crop / min(H, W)), antialias=True)
     images = normalize(image[None].to(device), cfg)
     with autocast(cfg, device):
-        scores = sliding_window(model, images, cfg.crop, cfg.stride, cfg.window)
+        scores = sliding_window(model, images, cfg.crop, stride, cfg.window)
     return F.interpolate(scores, (H, W), mode="bilinear", align_corners=True)[0]
 
 
@@ -895,93 +933,7 @@ def evaluate(model, folder, entries, cfg: Config, device, title="evaluate") -> t
 
 
 # ----------------------------------------------------------------------------------------------
-# 10. Building the model, and the authors' checkpoints
-# ----------------------------------------------------------------------------------------------
-
-def autocast(cfg: Config, device: torch.device):
-    """bf16 for matrix products, float32 for softmax, norms and losses (torch's own lists)."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    enabled = cfg.precision == "bf16" or (cfg.precision == "auto" and bf16)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
-
-
-def assemble(cfg: Config, visual, text: torch.Tensor, conv_weights: str = "none") -> SemiVL:
-    """The model that the settings describe, around a visual tower and the classes' text [N, E]."""
-    side = cfg.crop // visual.conv1.kernel_size[0]
-    clip = DenseCLIP(visual, (side, side), cfg.authors_clip, from_imagenet=cfg.conv_skip)
-    spatial_fine_tuning(clip, cfg.finetune)
-    conv = data_prep.conv_encoder(conv_weights) if cfg.conv_skip else None
-    if cfg.decoder == "vision":
-        decoder = VisionDecoder(clip.embed_dim, clip.width, len(text))
-    elif conv is None:
-        decoder = LanguageGuidedDecoder(clip.embed_dim, (clip.width, clip.width))
-    else:
-        decoder = LanguageGuidedDecoder(clip.embed_dim, (clip.width, 256), (32, 32))
-    return SemiVL(clip, decoder, text, conv)
-
-
-# What the authors call things, and what we do; replaced in this order.
-AUTHORS_NAMES = {
-    "module.": "", "decode_head.layers": "decoder.semantic", "decode_head.conv1": "decoder.lift",
-    "transformer.ffn.layers.0.0": "layer.linear1", "transformer.ffn.layers.1": "layer.linear2",
-    "transformer.attn.attn": "layer.self_attn", "transformer.ln": "layer.norm",
-    "aspp_convs.4.gap.1": "pooled.0", "aspp_convs.4.gap.2": "pooled.1", "aspp_convs": "branches",
-    "up1.conv.3": "up1.convs.1.0", "up1.conv.4": "up1.convs.1.1", "up1.conv.": "up1.convs.0.",
-    "up2.conv.3": "up2.convs.1.0", "up2.conv.4": "up2.convs.1.1", "up2.conv.": "up2.convs.0.",
-    "decode_head": "decoder", "conv_encoder.stem.7": "conv.bn1", "conv_encoder.stem": "conv.conv1",
-    "conv_encoder": "conv", "backbone.ln0": "clip.visual.ln_pre",
-    "backbone.ln1": "clip.visual.ln_post", "backbone.cls_token": "clip.visual.class_embedding",
-    "backbone.pos_embed": "clip.visual.positional_embedding",
-    "backbone.patch_embed.projection": "clip.visual.conv1",
-    "backbone.proj.weight": "clip.visual.proj",
-    "backbone.layers": "clip.visual.transformer.resblocks", "attn.attn": "attn", ".ln1": ".ln_1",
-    ".ln2": ".ln_2", "ffn.layers.0.0": "mlp.c_fc", "ffn.layers.1": "mlp.c_proj",
-}
-
-
-def load_authors_checkpoint(state_dict: dict, text: torch.Tensor, heads: int | None = None):
-    """The authors' weights as a SemiVL model, in eval mode, with the CLIP settings they need.
-
-    Args:
-        state_dict: the "model" entry of their file; `clip_encoder.*` (the frozen CLIP) is ignored.
-        text: [N, 512], one embedding a class (section 2), normalised or not.
-        heads: of the ViT; its width / 64 unless given.
-
-        file = torch.load("best.pth", map_location="cpu", weights_only=True)
-        model = load_authors_checkpoint(file["model"], text)
-    """
-    weights = {}
-    for key, tensor in state_dict.items():
-        if "clip_encoder." not in key:
-            for theirs, ours in AUTHORS_NAMES.items():
-                key = key.replace(theirs, ours)
-            weights[key.removeprefix("clip.visual.")] = tensor
-    try:
-        weights["class_embedding"] = weights["class_embedding"].flatten()
-        weights["positional_embedding"] = weights["positional_embedding"][0]
-        weights["proj"] = weights["proj"].flatten(1).T  # a 1 x 1 convolution [E, D, 1, 1]
-        width, _, P, _ = weights["conv1.weight"].shape
-    except KeyError as missing:
-        raise UserError(f"not a SemiVL checkpoint of the authors: no {missing}") from None
-    side = math.isqrt(len(weights["positional_embedding"]) - 1) * P
-    vit = open_clip.transformer.VisionTransformer(
-        image_size=side, patch_size=P, width=width, heads=heads or width // 64, mlp_ratio=4.0,
-        layers=sum("mlp.c_fc.weight" in key for key in weights),
-        output_dim=weights["proj"].shape[1])
-    cfg = Config(crop=side, authors_clip=True, conv_skip="conv.bn1.weight" in weights)
-    model = assemble(cfg, vit, F.normalize(text.float(), dim=1))
-    own = ("decoder.", "conv.")
-    weights = {k if k.startswith(own) else f"clip.visual.{k}": v for k, v in weights.items()}
-    try:
-        model.load_state_dict(weights | {"text": model.text})
-    except RuntimeError as error:
-        raise UserError(f"not a SemiVL checkpoint that this program knows: {error}") from None
-    return model.eval()
-
-
-# ----------------------------------------------------------------------------------------------
-# 11. Training
-# ----------------------------------------------------------------------------------------------
+# 10. Training
 
 def learning_rate(base: float, step: int, steps: int) -> float:
     """Polynomial decay; steps 0 and 1 both run at the base rate, as in the authors' code."""
@@ -1006,7 +958,7 @@ class Training:
         clip = data_prep.load_clip(cfg.clip, cfg.clip_tag, cfg.clip_weights, cfg.root)
         language = describe_classes(clip, folder.classes, cfg)
         # The text tower has done its work; from here on only the visual one is kept.
-        student = assemble(cfg, clip.visual, language.text, cfg.conv_weights)
+        student = assemble(cfg, clip.visual, language.decoder_text, cfg.conv_weights)
         self.cfg, self.folder, self.device = cfg, folder, device
         self.student = student.to(device).train()
         frozen = copy_trained(self.student.clip)  # CLIP as it is before the first step
@@ -1016,7 +968,8 @@ class Training:
             frozen, language.concepts, language.owner, cfg.guidance_conf).to(device)
         self.teacher = EMATeacher(self.student, cfg.ema)
         self.optimizer = make_optimizer(self.student, cfg)
-        epoch = len(folder.unlabelled if cfg.unlabeled else folder.labelled)
+        # Without unlabelled images a run is as long as with them, or it could not be compared.
+        epoch = len(folder.unlabelled or folder.labelled)
         self.steps = cfg.steps or math.ceil(cfg.epochs * epoch / cfg.batch)
         self.step, self.last, self.best = 0, -1.0, -1.0
 
@@ -1036,7 +989,7 @@ class Training:
         Returns scalars for the log. A loss that is not finite ends the run before it does harm.
         """
         cfg, m = self.cfg, self.cfg.micro_batch
-        torch.manual_seed(cfg.seed * 1_000_003 + self.step)  # so a resumed run drops the same maps
+        torch.manual_seed(cfg.seed * STREAM + self.step)  # so a resumed run drops the same maps
         chunks = [slice(i, i + m) for i in range(0, cfg.batch, m)]
         guidance_weight = cfg.guidance * (1 - self.step / self.steps)
         for group in self.optimizer.param_groups:
@@ -1059,7 +1012,7 @@ class Training:
 
         # Student: the gradients of equal micro-batches add up to that of their mean.
         for c in chunks:
-            part = [(view[c], Targets(*(t[c] for t in targets))) for view, targets in views]
+            part = [(view[c], goal.map(lambda t: t[c])) for view, goal in views]
             with autocast(cfg, self.device):
                 losses = semivl_loss(self.student, x[c], y[c], part, cfg, guidance_weight)
             (losses["total"] / len(chunks)).backward()
@@ -1076,8 +1029,8 @@ class Training:
         return log
 
     def miou(self, model: nn.Module, entries: list, title: str) -> float:
-        """mIoU in percent of teacher, student or frozen CLIP."""
-        iou = evaluate(model.eval(), self.folder, entries, self.cfg, self.device, title)
+        """mIoU in percent of the teacher or of frozen CLIP."""
+        iou = evaluate(model, self.folder, entries, self.cfg, self.device, title)
         return float(iou.nanmean())
 
     def save(self, file: Path, resumable: bool) -> None:
@@ -1105,14 +1058,14 @@ class Training:
 
 def train(cfg: Config, resume: dict | None = None) -> None:
     """A whole run: build or resume, check frozen CLIP, train, evaluate, test."""
-    if cfg.batch % cfg.micro_batch:
-        raise UserError(f"--batch {cfg.batch}: not a multiple of --micro-batch {cfg.micro_batch}")
-    folder = data_prep.open_data(cfg, CLASSES, resume and resume["labelled"])
+    folder = data_prep.open_data(cfg, CLASSES)
+    folder.choose_labelled(cfg, resume and resume["labelled"])
+    folder.check()
     run = Training(cfg, folder, data_prep.pick_device(cfg.device))
     if resume:
         run.restore(resume)
     else:
-        data_prep.new_run(cfg, folder, __file__)
+        cfg.out = data_prep.new_run(cfg, folder, __file__)
     print(data_prep.describe_run(run), flush=True)
     if not run.step:  # the sanity check that CLIP's weights and the class names are right
         few = folder.val[:100]
@@ -1125,12 +1078,11 @@ def train(cfg: Config, resume: dict | None = None) -> None:
     bar = tqdm(run.batches(), "train", run.steps, initial=run.step, disable=None)
     with open(out / "log.jsonl", "a") as log:
         for batch in bar:
-            run.student.train()
             line = run.train_step(batch)
             bar.set_postfix(loss=f"{line['total']:.3f}", kept=f"{line.get('kept', 0):.2f}")
             line |= dict(step=run.step, lr=[group["lr"] for group in run.optimizer.param_groups])
             if run.step % every == 0 or run.step == run.steps:
-                run.last = run.miou(run.teacher.model, folder.val, "validation")
+                run.last = run.miou(run.teacher, folder.val, "validation")
                 if run.last > run.best:
                     run.best = run.last
                     run.save(out / "best.pt", resumable=False)
@@ -1148,28 +1100,60 @@ def finish(run: Training) -> None:
     cfg, folder, device = run.cfg, run.folder, run.device
     split, entries = ("test", folder.test) if folder.test else ("val", folder.val)
     models = {"CLIP by names": run.frozen_names, "by definitions": run.guidance,
-              "SemiVL": run.teacher.model}
+              "SemiVL": run.teacher}
     table = {name: evaluate(m, folder, entries, cfg, device, split) for name, m in models.items()}
-    print(data_prep.iou_table(f"IoU, {split}", table, list(folder.classes)))
-    print(f"validation mIoU {run.last:.1f} at the last step, {run.best:.1f} at best")
-    data_prep.write_json(f"{cfg.out}/result.json", dict(
-        val_last=run.last, val_best=run.best, classes=list(folder.classes),
-        **{split: {name: iou.tolist() for name, iou in table.items()}}))
     rows = []
     for entry in folder.val[:: math.ceil(len(folder.val) / 6)]:
         image = folder.image(entry)
         maps = (segment(m, image, cfg, device).argmax(0).cpu() for m in models.values())
         rows.append([image, folder.mask(entry), *maps])
-    data_prep.contact_sheet(f"{cfg.out}/sheet.png", ["image", "truth", *models], rows,
-                            list(folder.classes))
+    data_prep.report(run, split, table, rows)
+
+
+# ----------------------------------------------------------------------------------------------
+# 11. The authors' checkpoints: their names for our tensors
+
+def load_authors_checkpoint(state_dict: dict, text: torch.Tensor, heads: int | None = None):
+    """The authors' weights as a SemiVL model, in eval mode, with the CLIP settings they need.
+
+    Args:
+        state_dict: the "model" entry of their file; `clip_encoder.*` (the frozen CLIP) is ignored.
+        text: [N, 512], one embedding a class (section 2), normalised or not.
+        heads: of the ViT; its width / 64 unless given.
+
+        file = torch.load("best.pth", map_location="cpu", weights_only=True)
+        model = load_authors_checkpoint(file["model"], text)
+    """
+    weights = {}
+    for key, tensor in state_dict.items():
+        for theirs, ours in data_prep.AUTHORS_NAMES.items():
+            key = key.replace(theirs, ours)
+        if not key.startswith("clip_encoder."):
+            weights[key] = tensor
+    vit = "clip.visual."
+    try:
+        weights[vit + "class_embedding"] = weights[vit + "class_embedding"].flatten()
+        weights[vit + "positional_embedding"] = weights[vit + "positional_embedding"][0]
+        weights[vit + "proj"] = weights[vit + "proj"].flatten(1).T  # was a 1 x 1 convolution
+        width, _, P, _ = weights[vit + "conv1.weight"].shape
+        side = math.isqrt(len(weights[vit + "positional_embedding"]) - 1) * P
+        visual = open_clip.transformer.VisionTransformer(
+            image_size=side, patch_size=P, width=width, heads=heads or width // 64, mlp_ratio=4.0,
+            layers=sum("mlp.c_fc.weight" in key for key in weights),
+            output_dim=weights[vit + "proj"].shape[1])
+        cfg = Config(crop=side, authors_clip=True, conv_skip="conv.bn1.weight" in weights)
+        model = assemble(cfg, visual, F.normalize(text.float(), dim=1))
+        model.load_state_dict(weights | {"text": model.text})
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"not a SemiVL checkpoint that this program knows: {error}") from None
+    return model.eval()
 
 
 # ----------------------------------------------------------------------------------------------
 # 12. Command line
-# ----------------------------------------------------------------------------------------------
 
 def load_checkpoint(file: str) -> tuple[SemiVL, Config, dict]:
-    """A checkpoint of ours -> the EMA teacher in eval mode, its settings, all that it holds."""
+    """A checkpoint of ours -> the EMA teacher in eval mode, its settings, and all it holds."""
     content = data_prep.load_file(file)
     try:
         cfg, weights = Config(**content["config"]), content["model"]
@@ -1182,22 +1166,27 @@ def load_checkpoint(file: str) -> tuple[SemiVL, Config, dict]:
 
 
 def evaluate_checkpoint(file: str, typed: dict) -> None:
-    """`--eval`: the protocol of the checkpoint's data set on its test (or validation) images."""
+    """`--eval`: the protocol of the checkpoint's data set, on validation and test images."""
     model, cfg, content = load_checkpoint(file)
     cfg = dataclasses.replace(cfg, **typed)
+    data_prep.check_settings(cfg)
     device, folder = data_prep.pick_device(cfg.device), data_prep.open_data(cfg, CLASSES)
     if list(folder.classes) != list(content["classes"]):
-        raise UserError(f"{file}: was trained on other classes than {cfg.dataset} has")
-    for split in ("val", "test"):
-        if entries := getattr(folder, split):
+        raise UserError(f"{file}: was trained on other classes than {folder.path} has")
+    folder.check()
+    for split, entries in (("val", folder.val), ("test", folder.test)):
+        if entries:
             iou = evaluate(model.to(device), folder, entries, cfg, device, split)
             print(data_prep.iou_table(f"IoU, {split}", {"SemiVL": iou}, list(folder.classes)))
 
 
 def predict(file: str, images: list[str], typed: dict) -> None:
     """`--predict`: a palette PNG and an overlay of each picture, beside the checkpoint."""
+    if set(typed) - {"device", "out"}:
+        raise UserError("--predict goes by the checkpoint's settings; only --device and --out go "
+                        "with it")
     model, cfg, content = load_checkpoint(file)
-    device = data_prep.pick_device(typed.get("device", cfg.device))
+    device = data_prep.pick_device(typed.get("device", "auto"))
     out = Path(typed.get("out") or Path(file).parent / "predictions")
     pictures = {Path(name).stem: data_prep.read_image(name) for name in images}
     if len(pictures) < len(images):
@@ -1206,6 +1195,17 @@ def predict(file: str, images: list[str], typed: dict) -> None:
         mask = segment(model.to(device), image, cfg, device).argmax(0).cpu()
         found = data_prep.save_prediction(out, stem, image, mask, list(content["classes"]))
         print(f"{out / stem}-overlay.png: {', '.join(found)}")
+
+
+def resume_run(run: Path, typed: dict) -> None:
+    """`--resume`: goes on with the run in folder `run`, from its last.pt."""
+    if set(typed) - {"device", "workers"}:
+        raise UserError("--resume goes by the run's own settings; only --device and --workers go "
+                        "with it")
+    content = data_prep.load_file(run / "last.pt")
+    if not {"config", "student", "optimizer", "labelled"} <= set(content):
+        raise UserError(f"{run}/last.pt: not a checkpoint that a run can go on from")
+    train(Config(**content["config"] | typed | dict(out=str(run))), content)
 
 
 def main(argv=None) -> int:
@@ -1218,12 +1218,9 @@ def main(argv=None) -> int:
         elif args.predict:
             predict(args.predict[0], args.predict[1:], typed)
         elif args.resume:
-            if set(typed) - {"device", "workers"}:
-                raise UserError("--resume goes on with the run's own settings; only --device and "
-                                "--workers may be given with it")
-            content = data_prep.load_file(Path(args.resume) / "last.pt")
-            train(Config(**content["config"] | typed), content)
+            resume_run(Path(args.resume), typed)
         else:
+            data_prep.check_settings(cfg)
             train(cfg)
     except UserError as error:
         print(f"semivl.py: {error}", file=sys.stderr)
