@@ -33,6 +33,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 IGNORE = 255
+# What PIL raises for a file that is no picture, or a broken or an enormous one.
+BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class UserError(Exception):
@@ -51,16 +53,19 @@ def read_image(file) -> torch.Tensor:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
-    except (OSError, SyntaxError, ValueError) as error:  # PIL's words for a broken file
+    except BROKEN as error:
         raise UserError(f"{file}: not a picture that can be read ({error})") from None
 
 
 def read_list(file: Path, need_mask: bool) -> list[tuple]:
     """Lines "IMAGE MASK" or "IMAGE" -> [(image, mask or None)]."""
     try:
-        lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{file} is missing: a list of images, one 'IMAGE MASK' a line") from None
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{file}: not a UTF-8 text ({error})") from None
+    lines = [line.split() for line in text.splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{file} is empty: it should list images, one 'IMAGE MASK' a line")
     for number, words in enumerate(lines, 1):
@@ -96,7 +101,7 @@ class Folder:
                 mode, mask = image.mode, np.array(image)
         except FileNotFoundError:
             raise UserError(f"{file}: no such file") from None
-        except (OSError, SyntaxError, ValueError) as error:
+        except BROKEN as error:
             raise UserError(f"{file}: not a mask that can be read ({error})") from None
         if mask.ndim != 2 or mode not in ("P", "L", "I", "I;16"):
             raise UserError(f"{file}: a mask of mode {mode}; save class numbers as a palette (P) "
@@ -119,6 +124,10 @@ class Folder:
             self.labelled = [tuple(entry) for entry in chosen]
         elif fixed.exists():
             self.labelled = read_list(fixed, need_mask=True)
+            if len(self.labelled) != count:
+                raise UserError(f"{fixed}: lists {len(self.labelled)} images, not {count}")
+        elif cfg.dataset in PUBLISHED:
+            raise UserError(f"{fixed} is missing: the published list of {count} images")
         else:
             masked = [entry for entry in self.train if entry[1]]
             if count > len(masked):
@@ -155,7 +164,7 @@ class Folder:
                                     f"pixels, but its image has {size[0]} x {size[1]}")
             except UserError as error:
                 problems.append(str(error))
-            except OSError as error:
+            except BROKEN as error:
                 problems.append(f"{self.path / entry[0]}: not a picture that can be read ({error})")
         if problems:
             more = f"\n... and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -176,13 +185,15 @@ def open_folder(path: Path, classes: dict[str, list[str]] | None = None) -> Fold
         names = content["classes"]
         definitions = content.get("definitions", {})
         ignore = int(content.get("ignore_index", IGNORE))
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         raise UserError(f"{file} is missing: a data set is a folder with dataset.json and splits/ "
                         "(README.md, 'Your own pictures')") from None
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f'{file}: needs {{"classes": ["name", ...]}} in JSON ({error!r})') from None
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise UserError(f"{file}: 'classes' must be a list of names")
+    if len(names) > IGNORE:
+        raise UserError(f"{file}: {len(names)} classes; a mask of bytes holds at most {IGNORE}")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{file}: the class name {twice!r} stands there twice")
@@ -242,7 +253,10 @@ def empty_clip(name: str) -> open_clip.CLIP:
     if not config or set(config) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}:
         raise UserError(f"--clip {name}: not a plain CLIP that open_clip knows; take 'toy', or a "
                         "ViT of open_clip.list_models() such as ViT-B-16-quickgelu")
-    return open_clip.CLIP(**config)
+    clip = open_clip.CLIP(**config)
+    if not isinstance(clip.visual, open_clip.transformer.VisionTransformer):
+        raise UserError(f"--clip {name}: not a ViT; take one such as ViT-B-16-quickgelu")
+    return clip
 
 
 def load_clip(name: str, tag: str, weights: str, root) -> open_clip.CLIP:
@@ -262,10 +276,15 @@ def load_clip(name: str, tag: str, weights: str, root) -> open_clip.CLIP:
     return clip
 
 
-def load_strictly(module, file, what: str) -> None:
-    """Every tensor of `module` from `file`, or an error: weights silently not loaded are worse."""
+def load_strictly(module, file, what: str, extra: bool = False) -> None:
+    """Every tensor of `module` from `file`, or an error: weights silently not loaded are worse.
+
+    With `extra` the file may hold more than the module needs.
+    """
     state = load_file(file)
     state = state.get("state_dict", state)
+    if extra:
+        state = {name: state[name] for name in module.state_dict() if name in state}
     try:
         module.load_state_dict(state)
     except (RuntimeError, AttributeError) as error:
@@ -288,11 +307,7 @@ def conv_encoder(weights: str) -> torch.nn.Module:
         raise UserError("cannot fetch the ImageNet weights of resnet101c; give --conv-weights FILE "
                         f"({str(error)[:120]})") from None
     if weights not in ("", "none"):
-        state = load_file(weights)
-        missing = set(net.state_dict()) - set(state)
-        if missing:
-            raise UserError(f"{weights}: not timm's resnet101c, {missing.pop()} is missing")
-        net.load_state_dict({name: state[name] for name in net.state_dict()})
+        load_strictly(net, weights, "timm's resnet101c", extra=True)
     return net
 
 
@@ -427,15 +442,29 @@ def check_settings(cfg) -> None:
         raise UserError("--decoder vision has batch norm: take --micro-batch 2 or more")
 
 
+def allow_only(typed: dict, action: str, *allowed: str) -> None:
+    """An option that an action would ignore is a mistake, not a detail."""
+    if wrong := set(typed) - set(allowed):
+        raise UserError(f"--{wrong.pop().replace('_', '-')} does not go with {action}")
+
+
 def pick_device(name: str) -> torch.device:
     """"auto" is the accelerator that torch finds (CUDA, MPS), else the CPU."""
     if name == "auto":
         found = torch.accelerator.is_available()
         return torch.accelerator.current_accelerator() if found else torch.device("cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):
+        torch.zeros(1, device=name).cpu()  # "meta" makes tensors, but they hold nothing
+        return torch.device(name)
+    except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"--device {name}: torch finds no such device on this machine") from None
+
+
+def autocast(cfg, device: torch.device):
+    """bf16 for matrix products, float32 for softmax, norms and losses (torch's own lists)."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    enabled = cfg.precision == "bf16" or (cfg.precision == "auto" and bf16)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def new_run(cfg, folder: Folder, source: str) -> str:
@@ -443,7 +472,7 @@ def new_run(cfg, folder: Folder, source: str) -> str:
     numbered when taken. It gets the settings, the labelled list and a copy of the source."""
     path = Path(cfg.out)
     if not cfg.out:
-        name = path = Path("runs") / f"{Path(cfg.dataset).name}-{cfg.labels}"
+        name = path = Path("runs") / f"{Path(cfg.dataset).resolve().name}-{cfg.labels}"
         number = 1
         while path.exists():
             number += 1
@@ -457,8 +486,17 @@ def new_run(cfg, folder: Folder, source: str) -> str:
     write_json(path / "config.json", dataclasses.asdict(cfg) | {"out": str(path)})
     lines = (" ".join(filter(None, entry)) + "\n" for entry in folder.labelled)
     (path / "labeled.txt").write_text("".join(lines))
-    shutil.copy(source, path)
+    for file in (source, __file__):
+        shutil.copy(file, path)
     return str(path)
+
+
+def open_log(file: Path, step: int):
+    """The log of a run, without the lines of steps that were lost since the last checkpoint."""
+    lines = file.read_text().splitlines(keepends=True) if step and file.exists() else []
+    log = open(file, "w")
+    log.writelines(line for line in lines if json.loads(line)["step"] <= step)
+    return log
 
 
 def write_json(file, content) -> None:
@@ -489,7 +527,9 @@ def report(run, split: str, table: dict, rows: list) -> None:
     print(iou_table(f"IoU, {split}", table, classes))
     print(f"validation mIoU {run.last:.1f} at the last step, {run.best:.1f} at best; pictures in "
           f"{run.cfg.out}/sheet.png")
-    columns = {name: dict(miou=float(iou.nanmean()), iou=iou.tolist()) for name, iou in table.items()}
+    # JSON knows no NaN: a class that does not occur is null.
+    columns = {name: dict(miou=float(iou.nanmean()), iou=[v if v == v else None for v in
+               iou.tolist()]) for name, iou in table.items()}
     write_json(f"{run.cfg.out}/result.json", dict(
         val_last=run.last, val_best=run.best, classes=classes, **{split: columns}))
     contact_sheet(f"{run.cfg.out}/sheet.png", ["image", "truth", *table], rows, classes)
@@ -573,7 +613,12 @@ def contact_sheet(file, titles: list[str], rows: list, classes: list[str], side:
 
 def save_prediction(out: Path, stem: str, image, mask, classes: list[str]) -> list[str]:
     """Writes STEM-mask.png and STEM-overlay.png into `out`; returns the names of classes found."""
-    out.mkdir(parents=True, exist_ok=True)
+    if (out / f"{stem}-mask.png").exists():
+        raise UserError(f"{out}/{stem}-mask.png: exists already; remove it, or give --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.strerror})") from None
     colours = colour_mask(mask, classes)
     colours.save(out / f"{stem}-mask.png")
     overlay = Image.blend(to_picture(image), colours.convert("RGB"), 0.55)
@@ -960,10 +1005,12 @@ def make_toy(root: Path, seed: int = 0) -> Path:
         painter = Painter(f"corpus {seed}")
         bar = tqdm(range(CORPUS), "painting the corpus", disable=None)
         pictures, captions = zip(*(painter.picture() for _ in bar))
-        clip = pretrain_tiny_clip(to_tensor(pictures), captions, seed)
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+            clip = pretrain_tiny_clip(to_tensor(pictures), captions, seed)
         torch.save(clip.state_dict(), building / "clip.pt")
         building.chmod(0o755)  # mkdtemp makes a private folder
-        building.rename(toy)
+        if not toy.exists():  # another run may have been faster
+            building.rename(toy)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return toy

@@ -89,15 +89,15 @@ class Config:
 
     unlabeled: bool = setting("method", True, "use the unlabelled images")
     conf: float = setting("method", 0.95, "confidence from which a pseudo-label counts", high=1)
-    weighting: str = setting("method", "pixel", "weight of a pseudo-label: 1 above conf else 0, its "
-                             "image's mean confidence, or its image's share above conf",
+    weighting: str = setting("method", "pixel", "weight of a pseudo-label: 1 above conf else 0; "
+                             "its image's mean confidence; its image's share above conf",
                              choices=("pixel", "mean", "share"))
     guidance: float = setting("method", 0.1, "weight of the frozen CLIP's loss; falls to 0")
     guidance_conf: float = setting("method", 0.9, "the same as conf for frozen CLIP", high=1)
     ema: float = setting("method", 0.996, "decay of the teacher; 0: the student itself", high=1)
 
     steps: int = setting("training", 0, "optimiser steps; 0: by epochs")
-    epochs: int = setting("training", 80, "length of a run: passes over the unlabelled images", low=1)
+    epochs: int = setting("training", 80, "or length in passes over unlabelled images", low=1)
     batch: int = setting("training", 8, "labelled images a step, and as many unlabelled", low=1)
     micro_batch: int = setting("training", 2, "of these at a time (gradients add up)", low=1)
     lr: float = setting("training", 1e-3, "learning rate of the decoder")
@@ -112,7 +112,8 @@ class Config:
     stride: int = setting("evaluation", 0, "step of the window, pixels; 0: 5/6 of the crop")
 
     out: str = setting("run", "", "folder of the run; '': runs/DATASET-LABELS, numbered")
-    seed: int = setting("run", 0, "of labels drawn, initial weights, order, augmentation")
+    seed: int = setting("run", 0, "of labels drawn, initial weights, order, augmentation",
+                        high=10**9)
     device: str = setting("run", "auto", "auto, cuda, mps or cpu")
 
 
@@ -147,15 +148,14 @@ VOC = {
     "coffee table|desk|side table|picnic bench|wolve|flowers in a vase|goat|tram|laptop|"
     "advertising display|vehicle interior",
     "aeroplane": "aeroplane|airplane|glider", "bicycle": "bicycle|tricycle|unicycle",
-    "bird": "bird", "boat": "boat|ship|rowing boat|pedalo",
-    "bottle": "bottle|plastic bottle|glass bottle|feeding bottle", "bus": "bus|minibus",
-    "car": "car|van|large family car|realistic toy car", "cat": "cat|domestic cat",
-    "chair": "chair|armchair|deckchair", "cow": "cow",
-    "diningtable": "dining table|table for eating at", "dog": "dog|domestic dog",
+    "bird": "bird", "boat": "boat|ship|rowing boat|pedalo", "bottle": "bottle|plastic bottle|"
+    "glass bottle|feeding bottle", "bus": "bus|minibus", "car": "car|van|large family car|"
+    "realistic toy car", "cat": "cat|domestic cat", "chair": "chair|armchair|deckchair",
+    "cow": "cow", "diningtable": "dining table|table for eating at", "dog": "dog|domestic dog",
     "horse": "horse|pony|donkey|mule", "motorbike": "motorbike|moped|scooter|sidecar",
-    "person": "person|people|baby|face",
-    "pottedplant": "potted plant|indoor plant in a pot|outdoor plant in a pot", "sheep": "sheep",
-    "sofa": "sofa", "train": "train|train carriage", "tvmonitor": "tv|monitor|standalone screen",
+    "person": "person|people|baby|face", "pottedplant": "potted plant|indoor plant in a pot|"
+    "outdoor plant in a pot", "sheep": "sheep", "sofa": "sofa", "train": "train|train carriage",
+    "tvmonitor": "tv|monitor|standalone screen",
 }
 # data set -> class, in the order of the mask values -> its concepts. The names of the other sets
 # are in data_prep.py; COCO and ADE20K have no definitions.
@@ -546,7 +546,8 @@ class SemiVL(nn.Module):
         logits = self.decoder(dense, skips, self.text)
         # Logits of the zero-padded frame are squeezed into H x W; the padding is not cut off. The
         # authors' weights are used to it (under 2 % at 801 pixels).
-        return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=False)
+        size = images.shape[2:]
+        return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
 
 
 class FrozenGuidance(nn.Module):
@@ -579,7 +580,7 @@ class FrozenGuidance(nn.Module):
 
     def labels(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] -> guidance labels [B, H, W], IGNORE where CLIP is not sure."""
-        confidence, label = self(images).float().softmax(1).max(1)
+        confidence, label = self(images).softmax(1).max(1)
         return label.masked_fill(confidence < self.conf, IGNORE)
 
 
@@ -616,6 +617,8 @@ def assemble(cfg: Config, visual, text: torch.Tensor, conv_weights: str = "none"
     """The model that the settings describe, around a visual tower and the classes' text [N, E]."""
     # 801 // 16 = 50, though a padded crop has 51 patches a side: the authors' weights hold 50 x 50.
     side = cfg.crop // visual.conv1.kernel_size[0]
+    if not side:
+        raise UserError(f"--crop {cfg.crop}: smaller than a patch of --clip {cfg.clip}")
     clip = DenseCLIP(visual, (side, side), cfg.authors_clip, from_imagenet=cfg.conv_skip)
     spatial_fine_tuning(clip, cfg.finetune)
     E, D = clip.embed_dim, clip.width
@@ -632,13 +635,6 @@ def normalize(images: torch.Tensor, cfg: Config) -> torch.Tensor:
     mean, std = IMAGENET_STATS if cfg.authors_clip or cfg.conv_skip else CLIP_STATS
     # After the copy to the device: bytes are a quarter of the traffic.
     return VF.normalize(images.float() / 255, mean, std)
-
-
-def autocast(cfg: Config, device: torch.device):
-    """bf16 for matrix products, float32 for softmax, norms and losses (torch's own lists)."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    enabled = cfg.precision == "bf16" or (cfg.precision == "auto" and bf16)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -732,7 +728,7 @@ class TrainingPictures(Dataset):
         """Entry i of the list `which`, repeated without end and shuffled anew each time."""
         entries = self.lists[which]
         epoch, place = divmod(i, len(entries))
-        return entries[shuffled(len(entries), self.cfg.seed, epoch)[place]]
+        return entries[shuffled(len(entries), self.cfg.seed, which == "labelled", epoch)[place]]
 
     def __getitem__(self, i: int) -> dict:
         cfg = self.cfg
@@ -768,13 +764,6 @@ class Targets(NamedTuple):
         """The same change to each of the four."""
         return Targets(*(change(t) for t in self))
 
-    def shares(self, conf: float) -> dict:
-        """For the log: which part of the pixels has a pseudo-label, a guidance label."""
-        pixels = (~self.padding).sum().clamp(min=1)
-        kept = (self.confidence >= conf) & ~self.padding
-        return dict(kept=float(kept.sum() / pixels),
-                    guided=float((self.guide != IGNORE).sum() / pixels))
-
 
 @torch.no_grad()
 def make_targets(teacher, guidance, w, padding) -> Targets:
@@ -782,7 +771,7 @@ def make_targets(teacher, guidance, w, padding) -> Targets:
 
     padding [B, H, W] is True where there is no image.
     """
-    confidence, label = teacher(w).float().softmax(1).max(1)
+    confidence, label = teacher(w).softmax(1).max(1)
     guide = guidance.labels(w) if guidance else torch.full_like(label, IGNORE)
     return Targets(label, confidence, padding, guide.masked_fill(padding, IGNORE))
 
@@ -845,7 +834,7 @@ def semivl_loss(student, x, y, views, cfg: Config, guidance_weight: float) -> di
         dict of scalars: "total" to minimise, and its parts.
     """
     images = torch.cat([x] + [view for view, _ in views])
-    logits = student(images, perturb=len(x) if views else 0).float().split(len(x))
+    logits = student(images, perturb=len(x) if views else 0).split(len(x))
     losses = {"x": supervised_loss(logits[0], y)}
     if not views:
         return losses | {"total": losses["x"]}
@@ -889,7 +878,7 @@ def sliding_window(model, images, window: int, stride: int, mode: str = "logits"
     for top in window_starts(H, window, stride, mode):
         for left in window_starts(W, window, stride, mode):
             part = (..., slice(top, top + window), slice(left, left + window))
-            logits = model(images[part]).float()
+            logits = model(images[part])
             if not torch.is_tensor(total):
                 total = logits.new_zeros(B, logits.shape[1], H, W)
             total[part] += logits.softmax(1) if mode == "probabilities" else logits
@@ -904,7 +893,7 @@ def segment(model, image: torch.Tensor, cfg: Config, device) -> torch.Tensor:
     if cfg.fit:  # the short side becomes the window's, whatever the long one does
         image = VF.resize(image, scaled_size(H, W, cfg.crop / min(H, W)), antialias=True)
     images = normalize(image[None].to(device), cfg)
-    with autocast(cfg, device):
+    with data_prep.autocast(cfg, device):
         scores = sliding_window(model, images, cfg.crop, stride, cfg.window)
     return F.interpolate(scores, (H, W), mode="bilinear", align_corners=True)[0]
 
@@ -1002,18 +991,21 @@ class Training:
         if cfg.unlabeled:
             w, s1, s2 = (normalize(data[name], cfg) for name in ("w", "s1", "s2"))
             guidance = self.guidance if cfg.guidance else None
-            with autocast(cfg, self.device):
+            with data_prep.autocast(cfg, self.device):
                 parts = [make_targets(self.teacher, guidance, w[c], data["padding"][c])
                          for c in chunks]
             targets = Targets(*map(torch.cat, zip(*parts)))
             views = [cutmix(s1, targets, data["box1"]), cutmix(s2, targets, data["box2"]),
                      (w, targets)]
-            log = targets.shares(cfg.conf)
+            pixels = (~targets.padding).sum().clamp(min=1)  # the two shares are for the log
+            kept = (targets.confidence >= cfg.conf) & ~targets.padding
+            log["kept"] = float(kept.sum() / pixels)
+            log["guided"] = float((targets.guide != IGNORE).sum() / pixels)
 
         # Student: the gradients of equal micro-batches add up to that of their mean.
         for c in chunks:
             part = [(view[c], goal.map(lambda t: t[c])) for view, goal in views]
-            with autocast(cfg, self.device):
+            with data_prep.autocast(cfg, self.device):
                 losses = semivl_loss(self.student, x[c], y[c], part, cfg, guidance_weight)
             (losses["total"] / len(chunks)).backward()
             for name, loss in losses.items():
@@ -1061,6 +1053,8 @@ def train(cfg: Config, resume: dict | None = None) -> None:
     folder = data_prep.open_data(cfg, CLASSES)
     folder.choose_labelled(cfg, resume and resume["labelled"])
     folder.check()
+    if resume and resume["classes"] != folder.classes:
+        raise UserError(f"{folder.path}: the classes are not those that the run started with")
     run = Training(cfg, folder, data_prep.pick_device(cfg.device))
     if resume:
         run.restore(resume)
@@ -1076,7 +1070,7 @@ def train(cfg: Config, resume: dict | None = None) -> None:
 
     every, out = max(1, run.steps // cfg.evals), Path(cfg.out)
     bar = tqdm(run.batches(), "train", run.steps, initial=run.step, disable=None)
-    with open(out / "log.jsonl", "a") as log:
+    with data_prep.open_log(out / "log.jsonl", run.step) as log:
         for batch in bar:
             line = run.train_step(batch)
             bar.set_postfix(loss=f"{line['total']:.3f}", kept=f"{line.get('kept', 0):.2f}")
@@ -1167,6 +1161,8 @@ def load_checkpoint(file: str) -> tuple[SemiVL, Config, dict]:
 
 def evaluate_checkpoint(file: str, typed: dict) -> None:
     """`--eval`: the protocol of the checkpoint's data set, on validation and test images."""
+    data_prep.allow_only(typed, "--eval", "dataset", "root", "stride", "window", "fit", "precision",
+                         "device")
     model, cfg, content = load_checkpoint(file)
     cfg = dataclasses.replace(cfg, **typed)
     data_prep.check_settings(cfg)
@@ -1182,9 +1178,9 @@ def evaluate_checkpoint(file: str, typed: dict) -> None:
 
 def predict(file: str, images: list[str], typed: dict) -> None:
     """`--predict`: a palette PNG and an overlay of each picture, beside the checkpoint."""
-    if set(typed) - {"device", "out"}:
-        raise UserError("--predict goes by the checkpoint's settings; only --device and --out go "
-                        "with it")
+    data_prep.allow_only(typed, "--predict", "device", "out")
+    if not images:
+        raise UserError("--predict: name the checkpoint, then one picture or more")
     model, cfg, content = load_checkpoint(file)
     device = data_prep.pick_device(typed.get("device", "auto"))
     out = Path(typed.get("out") or Path(file).parent / "predictions")
@@ -1197,17 +1193,6 @@ def predict(file: str, images: list[str], typed: dict) -> None:
         print(f"{out / stem}-overlay.png: {', '.join(found)}")
 
 
-def resume_run(run: Path, typed: dict) -> None:
-    """`--resume`: goes on with the run in folder `run`, from its last.pt."""
-    if set(typed) - {"device", "workers"}:
-        raise UserError("--resume goes by the run's own settings; only --device and --workers go "
-                        "with it")
-    content = data_prep.load_file(run / "last.pt")
-    if not {"config", "student", "optimizer", "labelled"} <= set(content):
-        raise UserError(f"{run}/last.pt: not a checkpoint that a run can go on from")
-    train(Config(**content["config"] | typed | dict(out=str(run))), content)
-
-
 def main(argv=None) -> int:
     """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
     try:
@@ -1218,12 +1203,17 @@ def main(argv=None) -> int:
         elif args.predict:
             predict(args.predict[0], args.predict[1:], typed)
         elif args.resume:
-            resume_run(Path(args.resume), typed)
+            data_prep.allow_only(typed, "--resume", "device", "workers")
+            content = data_prep.load_file(Path(args.resume) / "last.pt")
+            if not {"config", "student", "optimizer", "labelled"} <= set(content):
+                raise UserError(f"{args.resume}/last.pt: no run can go on from this checkpoint")
+            train(Config(**content["config"] | typed | dict(out=args.resume)), content)
         else:
             data_prep.check_settings(cfg)
             train(cfg)
     except UserError as error:
-        print(f"semivl.py: {error}", file=sys.stderr)
+        # An error in a loader process arrives with that process's traceback in front.
+        print(f"semivl.py: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)
         return 2
     return 0
 

@@ -622,7 +622,7 @@ def test_the_folders_own_ignore_value_becomes_ours(folder):
 def test_labelled_images_are_drawn_by_the_seed_or_taken_from_the_list(folder):
     def draw(seed):
         data = data_prep.open_folder(folder)
-        data.choose_labelled(Config(labels=2, seed=seed))
+        data.choose_labelled(Config(dataset="pictures", labels=2, seed=seed))
         return data
 
     assert draw(0).labelled == draw(0).labelled
@@ -636,7 +636,7 @@ def test_labelled_images_are_drawn_by_the_seed_or_taken_from_the_list(folder):
 
 def test_every_item_is_a_function_of_seed_and_position(folder):
     data = data_prep.open_folder(folder)
-    data.choose_labelled(Config(labels=2))
+    data.choose_labelled(Config(dataset="pictures", labels=2))
     cfg = Config(crop=32, fit=False)
     items = semivl.TrainingPictures(data, data.labelled, data.unlabelled, cfg, length=20)
     first, state = items[7], torch.get_rng_state()
@@ -823,8 +823,8 @@ def test_train_evaluate_predict_and_resume_from_the_command_line(folder, tmp_pat
     out = tmp_path / "run"
     command = f"--dataset {folder} --labels 2 --steps 2 --evals 1 --stride 32 --out {out} {TINY}"
     assert semivl.main(command.split()) == 0
-    names = {"config.json", "labeled.txt", "log.jsonl", "semivl.py", "last.pt", "best.pt",
-             "sheet.png", "result.json"}
+    names = {"config.json", "labeled.txt", "log.jsonl", "semivl.py", "data_prep.py", "last.pt",
+             "best.pt", "sheet.png", "result.json"}
     assert names <= {file.name for file in out.iterdir()}
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2] and "val_miou" in log[-1]
@@ -835,6 +835,7 @@ def test_train_evaluate_predict_and_resume_from_the_command_line(folder, tmp_pat
     assert f"{value:.1f}" in capsys.readouterr().out.splitlines()[-1]
     picture = str(folder / "images/0.png")
     assert semivl.main(["--predict", str(out / "best.pt"), picture]) == 0
+    assert semivl.main(["--predict", str(out / "best.pt"), picture]) == 2  # nothing is overwritten
     mask = Image.open(out / "predictions/0-mask.png")
     assert mask.mode == "P" and mask.size == (64, 64) and np.array(mask).max() < 6
     assert semivl.main(["--resume", str(out)]) == 0  # nothing is left to do; tables again
@@ -921,6 +922,12 @@ def spoil(folder: Path, what: str) -> str:
     elif what == "checkpoint that is none":
         torch.save({"a": torch.zeros(1)}, folder / "x.pt")
         command = f"--eval {folder}/x.pt"
+    elif what == "an option that evaluation would ignore":
+        command = "--eval nowhere.pt --lr 1"
+    elif what == "nothing to predict":
+        command = "--predict nowhere.pt"
+    elif what == "a crop below the patch":
+        command = command.replace("--crop 32", "--crop 7")
     elif what == "resume nothing":
         command = f"--resume {folder}"
     return command
