@@ -521,9 +521,12 @@ def describe_run(run) -> str:
         f"writes to  {cfg.out}")
 
 
-def report(run, split: str, table: dict, rows: list) -> None:
-    """Prints and writes the end of a run: IoU per class [N] of each model, and pictures."""
-    classes = list(run.folder.classes)
+def report(run, split: str, table: dict, segment: dict) -> None:
+    """The end of a run: prints and writes the IoU per class [N] of each model, draws a sheet.
+
+    segment: model's name -> function from a uint8 image [3, H, W] to scores [N, H, W].
+    """
+    classes, val = list(run.folder.classes), run.folder.val
     print(iou_table(f"IoU, {split}", table, classes))
     print(f"validation mIoU {run.last:.1f} at the last step, {run.best:.1f} at best; pictures in "
           f"{run.cfg.out}/sheet.png")
@@ -532,7 +535,12 @@ def report(run, split: str, table: dict, rows: list) -> None:
                iou.tolist()]) for name, iou in table.items()}
     write_json(f"{run.cfg.out}/result.json", dict(
         val_last=run.last, val_best=run.best, classes=classes, **{split: columns}))
-    contact_sheet(f"{run.cfg.out}/sheet.png", ["image", "truth", *table], rows, classes)
+    rows = []
+    for entry in val[:: math.ceil(len(val) / 6)]:
+        image = run.folder.image(entry)
+        masks = (score(image).argmax(0).cpu() for score in segment.values())
+        rows.append([image, run.folder.mask(entry), *masks])
+    contact_sheet(f"{run.cfg.out}/sheet.png", ["image", "truth", *segment], rows, classes)
 
 
 def iou_table(title: str, columns: dict, classes: list[str]) -> str:

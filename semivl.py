@@ -122,8 +122,8 @@ class Config:
 PRESETS = {
     "toy": dict(
         dataset="toy", labels=4, crop=64, fit=False, scale_min=0.8, scale_max=1.25, workers=0,
-        clip="toy", conf=0.9, guidance=1.0, ema=0.98, steps=300, batch=4,
-        micro_batch=4, lr=1e-3, vit_lr=1e-4, evals=2),
+        clip="toy", conf=0.9, guidance=1.0, ema=0.98, steps=300, batch=4, micro_batch=4, lr=1e-3,
+        vit_lr=1e-4, evals=2),
     "voc": dict(),
     "coco": dict(labels=232, fit=False, epochs=10, micro_batch=1, lr=4e-3, vit_lr=4e-7),
     "ade20k": dict(labels=158, epochs=40, micro_batch=1, lr=4e-3, vit_lr=4e-7),
@@ -206,6 +206,9 @@ def describe_classes(clip, classes: dict[str, list[str]], cfg: Config) -> Langua
 # then come with those, and DenseCLIP turns them back into CLIP's.
 CLIP_STATS = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+FROM_IMAGENET_TO_CLIP = (  # again a mean and a deviation
+    [(clip - mean) / std for clip, mean, std in zip(CLIP_STATS[0], *IMAGENET_STATS)],
+    [clip / std for clip, std in zip(CLIP_STATS[1], IMAGENET_STATS[1])])
 
 
 def value_path(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -271,7 +274,7 @@ class DenseCLIP(nn.Module):
         the skip maps [B, D, h, w]. The last block's attention is skipped unless asked for."""
         vit, P = self.visual, self.patch
         if self.from_imagenet:
-            images = renormalize(images, IMAGENET_STATS, CLIP_STATS)
+            images = VF.normalize(images, *FROM_IMAGENET_TO_CLIP)
         H, W = images.shape[-2:]
         x = vit.conv1(F.pad(images, (0, -W % P, 0, -H % P)))  # [B, D, h, w]
         B, _, h, w = x.shape
@@ -306,15 +309,8 @@ class DenseCLIP(nn.Module):
         return F.normalize(x[:, 1:].mean(1) if self.visual.pool_type == "avg" else x[:, 0], dim=-1)
 
 
-def renormalize(images, old, new):
-    """[B, 3, H, W] normalised by the (mean, std) `old` -> normalised by `new`."""
-    stats = torch.tensor([*old, *new], dtype=images.dtype, device=images.device)
-    old_mean, old_std, new_mean, new_std = stats[:, :, None, None]
-    return (images * old_std + old_mean - new_mean) / new_std
-
-
 # ----------------------------------------------------------------------------------------------
-# 4. Spatial fine-tuning: which weights may learn, so that CLIP does not forget? (paper: 3.2)
+# 4. Spatial fine-tuning: which weights may learn, so that CLIP does not forget?
 #
 # What CLIP lacks is local, spatial reasoning, which lives in attention. What it knows lives in
 # the MLPs. So attention and the position embedding train, the rest stays as it was. (The q and k
@@ -343,7 +339,7 @@ def copy_trained(module: nn.Module) -> nn.Module:
 
 
 # ----------------------------------------------------------------------------------------------
-# 5. Language-guided decoder: from "how similar is this patch to the text" to a mask (paper: 3.3)
+# 5. Language-guided decoder: from "how similar is this patch to the text" to a mask
 #
 # Every class is an item of a batch of B*N single-channel maps, so no weight belongs to a class:
 # the decoder learns how similarity maps become masks, for any number of classes.
@@ -440,7 +436,7 @@ class UpStage(nn.Module):
 
 
 class LanguageGuidedDecoder(nn.Module):
-    """Similarity maps -> spatial reasoning -> semantic reasoning -> upsampling (paper, 3.3).
+    """Similarity maps -> spatial reasoning -> semantic reasoning -> upsampling.
 
     Args:
         embed_dim: E, width of CLIP's joint space.
@@ -551,7 +547,7 @@ class SemiVL(nn.Module):
 
 
 class FrozenGuidance(nn.Module):
-    """CLIP as it was before training, asked about every pixel (paper, 3.4).
+    """CLIP as it was before training, asked about every pixel (the paper's dense CLIP guidance).
 
     It has never seen a mask, but it cannot drift either: its labels keep the student from
     confirming its own mistakes where four labelled images say nothing.
@@ -750,7 +746,7 @@ class TrainingPictures(Dataset):
 
 
 # ----------------------------------------------------------------------------------------------
-# 8. Consistency: what should the student say about an image without a mask? (paper: 3.1, 3.4)
+# 8. Consistency: what should the student say about an image without a mask? (UniMatch)
 
 class Targets(NamedTuple):
     """What the unlabelled images are taught, per pixel; all [B, H, W]. They travel together."""
@@ -855,11 +851,8 @@ def semivl_loss(student, x, y, views, cfg: Config, guidance_weight: float) -> di
 # 9. Evaluation: sliding window, one confusion matrix, mIoU
 
 def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
-    """Where windows start along a side of `size` pixels.
-
-    "logits" (mmsegmentation): the last window is moved back inside. "probabilities" (UniMatch on
-    Cityscapes): windows start at every multiple of the stride and are cut off at the edge.
-    """
+    """Where windows start along a side of `size` pixels: the last one is moved back inside, but
+    for "probabilities" (Cityscapes) windows start at every stride and are cut off at the edge."""
     if mode == "probabilities":
         return list(range(0, size, stride))
     last = max(size - window, 0)
@@ -869,10 +862,7 @@ def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
 @torch.no_grad()
 def sliding_window(model, images, window: int, stride: int, mode: str = "logits"):
     """Mean over overlapping windows of logits or of probabilities: [B, 3, H, W] -> [B, N, H, W].
-
-    The ViT has its best position embedding at the size it was trained on; larger images are
-    therefore looked at in pieces of that size.
-    """
+    The ViT is at its best at the size it was trained on, so images are looked at in such pieces."""
     B, _, H, W = images.shape
     total, count = 0.0, images.new_zeros(1, 1, H, W)
     for top in window_starts(H, window, stride, mode):
@@ -913,7 +903,7 @@ def iou_per_class(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def evaluate(model, folder, entries, cfg: Config, device, title="evaluate") -> torch.Tensor:
-    """IoU per class [N], percent, of a model over images with masks."""
+    """IoU per class [N], percent, of a model (images -> logits) over images with masks."""
     matrix = torch.zeros(len(folder.classes), len(folder.classes), dtype=torch.long)
     for entry in tqdm(entries, desc=title, leave=False, disable=None):
         prediction = segment(model, folder.image(entry), cfg, device).argmax(0).cpu()
@@ -931,11 +921,10 @@ def learning_rate(base: float, step: int, steps: int) -> float:
 
 def make_optimizer(student: SemiVL, cfg: Config) -> torch.optim.AdamW:
     """AdamW with two rates: the decoder starts from nothing, the ViT must not run away."""
-    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    decoder = [p for name, p in trained.items() if name.startswith("decoder.")]
-    vit = [p for name, p in trained.items() if not name.startswith("decoder.")]
-    groups = [dict(params=decoder, lr=cfg.lr, base_lr=cfg.lr),
-              dict(params=vit, lr=cfg.vit_lr, base_lr=cfg.vit_lr)]
+    trained = [(name.startswith("decoder."), p) for name, p in student.named_parameters()
+               if p.requires_grad]
+    groups = [dict(params=[p for mine, p in trained if mine == decoder], lr=lr, base_lr=lr)
+              for decoder, lr in ((True, cfg.lr), (False, cfg.vit_lr))]
     return torch.optim.AdamW(groups, weight_decay=cfg.weight_decay)
 
 
@@ -1065,8 +1054,8 @@ def train(cfg: Config, resume: dict | None = None) -> None:
         few = folder.val[:100]
         names, definitions = (run.miou(m, few, "frozen CLIP")
                               for m in (run.frozen_names, run.guidance))
-        print(f"frozen     {names:.1f} mIoU by class names, {definitions:.1f} by definitions: CLIP "
-              f"before training, {len(few)} validation images", flush=True)
+        print(f"frozen     CLIP has {names:.1f} mIoU by class names, {definitions:.1f} by "
+              f"definitions ({len(few)} validation images)", flush=True)
 
     every, out = max(1, run.steps // cfg.evals), Path(cfg.out)
     bar = tqdm(run.batches(), "train", run.steps, initial=run.step, disable=None)
@@ -1096,12 +1085,8 @@ def finish(run: Training) -> None:
     models = {"CLIP by names": run.frozen_names, "by definitions": run.guidance,
               "SemiVL": run.teacher}
     table = {name: evaluate(m, folder, entries, cfg, device, split) for name, m in models.items()}
-    rows = []
-    for entry in folder.val[:: math.ceil(len(folder.val) / 6)]:
-        image = folder.image(entry)
-        maps = (segment(m, image, cfg, device).argmax(0).cpu() for m in models.values())
-        rows.append([image, folder.mask(entry), *maps])
-    data_prep.report(run, split, table, rows)
+    data_prep.report(run, split, table, {
+        name: lambda image, m=m: segment(m, image, cfg, device) for name, m in models.items()})
 
 
 # ----------------------------------------------------------------------------------------------
