@@ -136,7 +136,6 @@ IGNORE = data_prep.IGNORE  # 255, "no label" in every mask, whatever a folder's 
 
 # ----------------------------------------------------------------------------------------------
 # 2. Language: what the classes are called, and what they mean (paper: class definitions)
-#
 # A name alone is a poor prompt: "background" is a word for nothing that CLIP has seen. A class
 # is therefore defined by concepts; the prediction of a class is the best of its concepts.
 # Spelling is as published ("wolve", "diningtable"): the published weights saw these strings.
@@ -195,7 +194,6 @@ def describe_classes(clip, classes: dict[str, list[str]], cfg: Config) -> Langua
 
 # ----------------------------------------------------------------------------------------------
 # 3. Vision: CLIP answers one question about a whole image; how to ask it about every patch?
-#
 # Attention in the last block gathers the image into the class token, so patch outputs are not
 # what the text was trained against. Skipping that attention (MaskCLIP's "value path") lets each
 # patch speak for itself, in the same joint space as the text. The decoder's skip maps are value
@@ -311,7 +309,6 @@ class DenseCLIP(nn.Module):
 
 # ----------------------------------------------------------------------------------------------
 # 4. Spatial fine-tuning: which weights may learn, so that CLIP does not forget?
-#
 # What CLIP lacks is local, spatial reasoning, which lives in attention. What it knows lives in
 # the MLPs. So attention and the position embedding train, the rest stays as it was. (The q and k
 # of the last block are on no path to the loss: no gradient reaches them, only weight decay does.)
@@ -340,7 +337,6 @@ def copy_trained(module: nn.Module) -> nn.Module:
 
 # ----------------------------------------------------------------------------------------------
 # 5. Language-guided decoder: from "how similar is this patch to the text" to a mask
-#
 # Every class is an item of a batch of B*N single-channel maps, so no weight belongs to a class:
 # the decoder learns how similarity maps become masks, for any number of classes.
 
@@ -635,7 +631,6 @@ def normalize(images: torch.Tensor, cfg: Config) -> torch.Tensor:
 
 # ----------------------------------------------------------------------------------------------
 # 7. Augmentation: one weak and two strong views of the same crop
-#
 # The weak view is easy, so its prediction makes a good target. The strong views show the same
 # pixels with other colours, so that consistency has something to learn. Geometry is shared.
 
