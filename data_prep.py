@@ -18,6 +18,7 @@ import argparse
 import colorsys
 import dataclasses
 import json
+import logging
 import math
 import random
 import shutil
@@ -176,8 +177,10 @@ def open_folder(path: Path, classes: dict[str, list[str]] | None = None) -> Fold
     path = Path(path)
     if classes:
         if not (path / "splits").is_dir():
-            raise UserError(f"{path} is missing: lay {path.name} out there as `python data_prep.py "
-                            f"--help` shows (images, masks, splits/), then run this again")
+            raise UserError(
+                f"{path} is missing: unpack the images and masks there, and put the published lists "
+                "into splits/train.txt, splits/val.txt and splits/LABELS/labeled.txt (fetching is "
+                "not automated yet); or run `python semivl.py` for the built-in toy world")
         return Folder(path, classes, IGNORE)
     file = path / "dataset.json"
     try:
@@ -239,9 +242,8 @@ def load_file(file) -> dict:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
-    except Exception as error:  # truncated, another format, or a pickle that wants to run code
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{file}: not a file of tensors ({reason[:120]})") from None
+    except Exception:  # truncated, another format, or a pickle that wants to run code
+        raise UserError(f"{file}: not a whole file of tensors as torch.save writes it") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: holds a {type(content).__name__}, not a dictionary of tensors")
     return content
@@ -267,11 +269,13 @@ def load_clip(name: str, tag: str, weights: str, root) -> open_clip.CLIP:
         return clip
     if not weights and name != "toy":
         try:
+            logging.disable(logging.ERROR)  # what open_clip logs is said below, in one line
             return open_clip.create_model(name, pretrained=tag, require_pretrained=True)
-        except Exception as error:  # whatever the network, the hub or the disk may raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"cannot fetch the weights {tag!r} of {name} ({reason[:200]}); give "
-                            "--clip-weights FILE") from None
+        except Exception:  # whatever the network, the hub or the disk may raise
+            raise UserError(f"cannot fetch the weights {tag!r} of {name} (no network?); give "
+                            "--clip-weights FILE, or none for random ones") from None
+        finally:
+            logging.disable(logging.NOTSET)
     load_strictly(clip, weights or make_toy(root) / "clip.pt", f"--clip {name}")
     return clip
 
@@ -431,6 +435,7 @@ def parse_args(argv, config, presets: dict) -> tuple[dict, argparse.Namespace]:
 
 def check_settings(cfg) -> None:
     """Settings that cannot work together end here, not in the middle of a run."""
+    pick_device(cfg.device)
     if cfg.batch % cfg.micro_batch:
         raise UserError(f"--batch {cfg.batch}: not a multiple of --micro-batch {cfg.micro_batch}")
     if cfg.scale_min > cfg.scale_max:
@@ -561,8 +566,8 @@ def palette(classes: list[str]) -> np.ndarray:
     """
     colours = np.full((256, 3), 255, np.uint8)
     for n, name in enumerate(classes):
-        hue, value = (0.02 + 0.618034 * n) % 1, (0.95, 0.75)[n // 8 % 2]
-        rgb = (0.3, 0.32, 0.36) if name == "background" else colorsys.hsv_to_rgb(hue, 0.68, value)
+        hue, value = (0.02 + 0.618034 * n) % 1, (0.9, 0.7)[n // 8 % 2]
+        rgb = (0.3, 0.32, 0.36) if name == "background" else colorsys.hsv_to_rgb(hue, 0.6, value)
         colours[n] = np.round(255 * np.array(rgb))
     return colours
 
