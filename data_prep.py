@@ -178,8 +178,8 @@ def open_folder(path: Path, classes: dict[str, list[str]] | None = None) -> Fold
     if classes:
         if not (path / "splits").is_dir():
             raise UserError(
-                f"{path} is missing: unpack the images and masks there, and put the published lists "
-                "into splits/train.txt, splits/val.txt and splits/LABELS/labeled.txt (fetching is "
+                f"{path} is missing: unpack images and masks there, put the published lists into "
+                "splits/train.txt, splits/val.txt and splits/LABELS/labeled.txt (fetching is "
                 "not automated yet); or run `python semivl.py` for the built-in toy world")
         return Folder(path, classes, IGNORE)
     file = path / "dataset.json"
@@ -355,7 +355,7 @@ ADE20K = (
     "food|step|tank|trade name|microwave|pot|animal|bicycle|lake|dishwasher|screen|blanket|"
     "sculpture|hood|sconce|vase|traffic light|tray|ashcan|fan|pier|crt screen|plate|monitor|"
     "bulletin board|shower|radiator|glass|clock|flag")
-CLASSES_OF = {
+PUBLISHED_CLASSES = {
     "cityscapes": {name: words.split("|") for name, words in CITYSCAPES.items()},
     "coco": {name: [name] for name in COCO.split("|")},
     "ade20k": {name: [name] for name in ADE20K.split("|")},
@@ -738,10 +738,10 @@ GROUNDS = {  # concept of the background -> (base colour, second colour)
     "lake": ((92, 166, 214), (150, 206, 236)),
     "snowfield": ((234, 242, 250), (202, 218, 236)),
 }
-CLASSES = ["background", *CONCEPTS]
-DEFINITIONS = {"background": list(GROUNDS), **{k: list(v) for k, v in CONCEPTS.items()}}
+TOY_CLASSES = ["background", *CONCEPTS]
+TOY_DEFINITIONS = {"background": list(GROUNDS), **{k: list(v) for k, v in CONCEPTS.items()}}
 CLASS_OF = {concept: name for name, concepts in CONCEPTS.items() for concept in concepts}
-MASK_COLORS = ("dark", "red", "orange", "green", "pink", "blue")  # in the order of CLASSES
+MASK_COLORS = ("dark", "red", "orange", "green", "pink", "blue")  # in the order of TOY_CLASSES
 
 
 # ----------------------------------------------------------------------------------------------
@@ -863,7 +863,7 @@ class Painter:
             x = SCENE * (0.25 + 0.5 * (quarter % 2)) + rng.uniform(-4, 4)
             y = SCENE * (0.25 + 0.5 * (quarter // 2)) + rng.uniform(-4, 4)
             outline, corner = self.place(image, concept, x, y)
-            mask.paste(CLASSES.index(CLASS_OF[concept]), corner, outline)
+            mask.paste(TOY_CLASSES.index(CLASS_OF[concept]), corner, outline)
         return image, mask
 
     def picture(self) -> tuple[Image.Image, str]:
@@ -997,7 +997,7 @@ def write_scenes(root: Path, seed: int) -> None:
                 picture.save(root / name)
             lines.append(" ".join(names) + "\n")
         (root / "splits" / f"{split}.txt").write_text("".join(lines))
-    description = {"classes": CLASSES, "definitions": DEFINITIONS, "ignore_index": 255}
+    description = {"classes": TOY_CLASSES, "definitions": TOY_DEFINITIONS, "ignore_index": 255}
     (root / "dataset.json").write_text(json.dumps(description, indent=2))
 
 

@@ -158,7 +158,7 @@ VOC = {
 }
 # data set -> class, in the order of the mask values -> its concepts. The names of the other sets
 # are in data_prep.py; COCO and ADE20K have no definitions.
-CLASSES = {"voc": {name: words.split("|") for name, words in VOC.items()}, **data_prep.CLASSES_OF}
+CLASSES = data_prep.PUBLISHED_CLASSES | {"voc": {k: v.split("|") for k, v in VOC.items()}}
 
 
 @torch.no_grad()

@@ -592,7 +592,7 @@ def make_folder(path: Path, scenes=6, side=48) -> Path:
         image.save(path / f"images/{i}.png")
         mask.save(path / f"masks/{i}.png")
         lines.append(f"images/{i}.png masks/{i}.png")
-    content = {"classes": data_prep.CLASSES, "definitions": data_prep.DEFINITIONS}
+    content = {"classes": data_prep.TOY_CLASSES, "definitions": data_prep.TOY_DEFINITIONS}
     (path / "dataset.json").write_text(json.dumps(content))
     (path / "splits/train.txt").write_text("\n".join(lines[:-2]) + "\nimages/0.png\n")
     (path / "splits/val.txt").write_text("\n".join(lines[-2:]))
