@@ -132,6 +132,7 @@ PRESETS = {
         conv_skip=True, decoder_text="mean", weighting="mean", window="probabilities", stride=534),
 }
 
+STREAM = 1_000_003  # keeps the random numbers of neighbouring seeds apart
 IGNORE = data_prep.IGNORE  # 255, "no label" in every mask, whatever a folder's files call it
 
 # ----------------------------------------------------------------------------------------------
@@ -691,9 +692,6 @@ def cutmix_box(size: int) -> torch.Tensor:
             return torch.tensor([top, left, top + height, left + width])
 
 
-STREAM = 1_000_003  # keeps the random numbers of neighbouring seeds apart
-
-
 @lru_cache(maxsize=4)
 def shuffled(length: int, *seed: int) -> np.ndarray:
     """A random order of `length` things, the same for the same seed."""
@@ -1141,8 +1139,7 @@ def load_checkpoint(file: str) -> tuple[SemiVL, Config, dict]:
 
 def evaluate_checkpoint(file: str, typed: dict) -> None:
     """`--eval`: the protocol of the checkpoint's data set, on validation and test images."""
-    data_prep.allow_only(typed, "--eval", "dataset", "root", "stride", "window", "fit", "precision",
-                         "device")
+    data_prep.allow_only(typed, "--eval", "dataset", "root", "stride", "window", "device")
     model, cfg, content = load_checkpoint(file)
     cfg = dataclasses.replace(cfg, **typed)
     data_prep.check_settings(cfg)
