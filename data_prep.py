@@ -1,6 +1,8 @@
 """Data for semivl.py: folders of pictures, weight files, reports, and the built-in toy world.
 
-    python data_prep.py toy --root data        paints the toy world and trains its tiny CLIP
+    python data_prep.py toy                          paints the toy world, trains its tiny CLIP
+    python data_prep.py voc                          fetches, unpacks, checks; also coco, ade20k
+    python data_prep.py cityscapes --source FOLDER   from the archives that a login gives
 
 A folder of pictures, the toy world included, looks like this:
 
@@ -16,22 +18,38 @@ A mask is a PNG whose pixel values are class numbers (palette or greyscale, neve
 
 import argparse
 import colorsys
+import contextlib
 import dataclasses
+import hashlib
+import http.client
 import json
 import logging
 import math
+import os
 import random
+import re
 import shutil
 import sys
-import tempfile
+import tarfile
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
+
+try:
+    import fcntl  # file locks; there are none on Windows
+except ImportError:
+    fcntl = None
 
 IGNORE = 255
 # What PIL raises for a file that is no picture, or a broken or an enormous one.
@@ -47,10 +65,11 @@ class UserError(Exception):
 # ----------------------------------------------------------------------------------------------
 
 
-def read_image(file) -> torch.Tensor:
-    """Any picture file -> uint8 RGB [3, H, W]."""
+def read_image(file, upright: bool = False) -> torch.Tensor:
+    """Any picture file -> uint8 RGB [3, H, W]; `upright` turns it as a camera's EXIF tag says."""
     try:
         with Image.open(file) as image:
+            image = ImageOps.exif_transpose(image) if upright else image
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
@@ -86,8 +105,10 @@ class Folder:
         self.train = read_list(splits / "train.txt", need_mask=False)
         self.val = read_list(splits / "val.txt", need_mask=True)
         test = splits / "test.txt"
-        self.test = read_list(test, need_mask=True) if test.exists() else []
-        self.labelled, self.unlabelled = [], []
+        test = read_list(test, need_mask=False) if test.exists() else []
+        self.test = [entry for entry in test if entry[1]]
+        self.secret = [entry for entry in test if not entry[1]]  # a server has the masks
+        self.labelled, self.unlabelled, self.drawn = [], [], False
 
     def image(self, entry: tuple) -> torch.Tensor:
         """uint8 RGB [3, H, W]."""
@@ -111,7 +132,8 @@ class Folder:
         wrong = mask[(mask >= len(self.classes)) & (mask != IGNORE)]
         if wrong.size:
             raise UserError(f"{file}: holds the value {wrong[0]}, but there are classes 0 to "
-                            f"{len(self.classes) - 1} and ignore_index {self.ignore}")
+                            f"{len(self.classes) - 1} and ignore_index {self.ignore}; correct "
+                            "the mask, or name the class in dataset.json")
         return torch.from_numpy(mask.astype(np.uint8))
 
     def choose_labelled(self, cfg, chosen: list | None = None) -> None:
@@ -134,14 +156,15 @@ class Folder:
             if count > len(masked):
                 raise UserError(f"--labels {count}: {self.path}/splits/train.txt has only "
                                 f"{len(masked)} images with masks")
-            shown, most, random = {}, -1, np.random.default_rng(cfg.seed)
+            shown, most, rng = {}, -1, np.random.default_rng(cfg.seed)
             for _ in range(100):
-                draw = [masked[i] for i in random.choice(len(masked), count, replace=False)]
+                draw = [masked[i] for i in rng.choice(len(masked), count, replace=False)]
                 for entry in set(draw) - set(shown):
-                    shown[entry] = set(self.mask(entry).unique().tolist()) - {IGNORE}
-                classes = len(set.union(*(shown[entry] for entry in draw)))
+                    with contextlib.suppress(UserError):  # check() tells of all that is wrong
+                        shown[entry] = set(self.mask(entry).unique().tolist()) - {IGNORE}
+                classes = len(set().union(*(shown.get(entry, ()) for entry in draw)))
                 if classes > most:
-                    most, self.labelled = classes, draw
+                    most, self.labelled, self.drawn = classes, draw, True
                 if classes == len(self.classes):
                     break
         taken = {image for image, _ in self.labelled}
@@ -150,23 +173,32 @@ class Folder:
             raise UserError(f"{self.path}: no training image is left unlabelled; use "
                             "--unlabeled off")
 
-    def check(self) -> None:
-        """Opens every mask that will be used; says all that is wrong at once, at most 20 lines."""
-        problems = [f"{self.path / image}: no such file" for image, _ in self.unlabelled
-                    if not (self.path / image).is_file()]
-        entries = self.labelled + self.val + self.test
-        for entry in tqdm(entries, "check masks", leave=False, disable=None):
+    def check(self, decode_all: bool = True) -> None:
+        """Opens all that will be used, before it is; says all that is wrong at once, in at most
+        20 lines. Of unlabelled images only the header is read unless `decode_all`."""
+        def problem(entry: tuple):
+            image, mask = self.path / entry[0], None
             try:
-                with Image.open(self.path / entry[0]) as image:
-                    size = image.size
-                mask = self.mask(entry)
-                if size != (mask.shape[1], mask.shape[0]):
-                    problems.append(f"{self.path / entry[1]}: {mask.shape[1]} x {mask.shape[0]} "
-                                    f"pixels, but its image has {size[0]} x {size[1]}")
+                if entry in masked:
+                    mask = self.mask(entry)
+                if mask is None and not decode_all:
+                    Image.open(image).close()
+                    return None
+                size = self.image(entry).shape[1:]
+            except FileNotFoundError:
+                return f"{image}: no such file"
             except UserError as error:
-                problems.append(str(error))
+                return str(error)
             except BROKEN as error:
-                problems.append(f"{self.path / entry[0]}: not a picture that can be read ({error})")
+                return f"{image}: not a picture that can be read ({error})"
+            if mask is not None and mask.shape != size:
+                return (f"{self.path / entry[1]}: {mask.shape[1]} x {mask.shape[0]} pixels, but "
+                        f"its image has {size[1]} x {size[0]}; save it at the image's size")
+            return None
+
+        masked = dict.fromkeys(self.labelled + self.val + self.test)
+        entries = masked | dict.fromkeys(self.unlabelled)
+        problems = list(filter(None, parallel(problem, entries, "check images and masks")))
         if problems:
             more = f"\n... and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise UserError("\n".join(problems[:20]) + more)
@@ -177,10 +209,8 @@ def open_folder(path: Path, classes: dict[str, list[str]] | None = None) -> Fold
     path = Path(path)
     if classes:
         if not (path / "splits").is_dir():
-            raise UserError(
-                f"{path} is missing: unpack images and masks there, put the published lists into "
-                "splits/train.txt, splits/val.txt and splits/LABELS/labeled.txt (fetching is "
-                "not automated yet); or run `python semivl.py` for the built-in toy world")
+            raise UserError(f"{path}: has no splits/, so it was not made by data_prep.py; move it "
+                            "away, and it will be made anew")
         return Folder(path, classes, IGNORE)
     file = path / "dataset.json"
     try:
@@ -227,8 +257,380 @@ def open_data(cfg, classes: dict) -> Folder:
     if cfg.dataset == "toy":
         path = make_toy(cfg.root)
     else:
-        path = Path(cfg.root) / cfg.dataset if cfg.dataset in PUBLISHED else Path(cfg.dataset)
+        path = prepare(cfg.dataset, cfg.root) if cfg.dataset in PUBLISHED else Path(cfg.dataset)
     return open_folder(path, classes.get(cfg.dataset))
+
+
+# ----------------------------------------------------------------------------------------------
+# The published data sets: where they are served, what to take of them, how to lay it out
+# ----------------------------------------------------------------------------------------------
+
+
+class Archive(NamedTuple):
+    """A file to fetch: size in GB (about), digest "md5:..." or "" where none is known, URLs."""
+
+    name: str
+    size: float
+    digest: str
+    urls: tuple
+
+
+ARCHIVES = {
+    "voc": [Archive(
+        "VOCtrainval_11-May-2012.tar", 2.0, "md5:6cd6e144f989b92b3379bac3b3de84fd",
+        ("https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+         "https://d2l-data.s3-accelerate.amazonaws.com/VOCtrainval_11-May-2012.tar"))],
+    "coco": [
+        Archive("train2017.zip", 19.3, "md5:cced6f7f71b7629ddf16f17bbcfab6b2",
+                ("http://images.cocodataset.org/zips/train2017.zip",
+                 "https://s3.amazonaws.com/images.cocodataset.org/zips/train2017.zip")),
+        Archive("val2017.zip", 0.8, "md5:442b8da7639aecaf257c1dceb8ba8c80",
+                ("http://images.cocodataset.org/zips/val2017.zip",
+                 "https://s3.amazonaws.com/images.cocodataset.org/zips/val2017.zip")),
+        Archive("ground_truth_coco.zip", 0.5, "",  # counts and values are checked instead
+                ("https://github.com/google-research/semivl/releases/download/checkpoints/"
+                 "ground_truth_coco.zip",))],
+    "ade20k": [Archive(
+        "ADEChallengeData2016.zip", 1.0, "sha1:219e1696abb36c8ba3a3afe7fb2f4b4606a897c7",
+        ("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",))],
+    "cityscapes": [  # behind a login: taken from --source only
+        Archive("leftImg8bit_trainvaltest.zip", 11.6, "", ()),
+        Archive("gtFine_trainvaltest.zip", 0.25, "", ())],
+}
+TAKEN = {  # pattern of a path in the archives -> path in the data folder; all else stays there
+    "voc": {r"VOCdevkit/VOC2012/((JPEGImages/[^/]+\.jpg)|(SegmentationClass/[^/]+\.png))": r"\1"},
+    "coco": {r"((train|val)2017/\d{12}\.jpg)": r"\1", r"(.*/)?(\d{12}\.png)": r"masks/\2"},
+    "ade20k": {r"ADEChallengeData2016/((images|annotations)/(training|validation)/"
+               r"ADE_\w+\.(jpg|png))": r"\1"},
+    "cityscapes": {r"leftImg8bit/(train|val|test)/\w+/\w+\.png": r"\g<0>",
+                   r"gtFine/(train|val)/\w+/\w+_gtFine_labelIds\.png": r"\g<0>"},
+}
+COUNTS = {  # classes, training images, validation images
+    "voc": (21, 10_582, 1_449), "coco": (81, 118_287, 5_000), "ade20k": (150, 20_210, 2_000),
+    "cityscapes": (19, 2_975, 500),
+}
+
+# The authors' lists: count (or name), path on the hosts, SHA-256. ADE20K's are made, not fetched.
+LIST_HOSTS = (
+    "https://raw.githubusercontent.com/google-research/semivl/"
+    "13ee65d6f27e197e0b55d987b346fc880fc811ca/",
+    "https://cdn.jsdelivr.net/gh/google-research/semivl@13ee65d6f27e197e0b55d987b346fc880fc811ca/")
+LISTS = {
+    "voc": """
+    92 pascal/92/labeled.txt 8a02aa6a1253178b105bd25b36f0a27daeedf6b3959f399aa47d24783f3a8306
+    183 pascal/183/labeled.txt de3f4680391cb15324402dae17ac0919933d0d9004c11a641c924f3f67147f9f
+    366 pascal/366/labeled.txt 74f6bd1e459a8b46fc204529d70b603769f8a45aef4553df8a5c04b5698e77b7
+    732 pascal/732/labeled.txt 02c8ec5b62e27364f5bc91eb95bccf54debaa721e9d31c50c07507aea258fd0f
+    1464 pascal/1464/labeled.txt b20486876df309c57c8230e957b2957fff5392ff5cb11f225e8453ed6c50ba3e
+    val pascal/val.txt df002e3a730c57678f63aa3e46a4c827a4066f1dc1814e24d0e8b215075e0c6c
+    train pascal/train_aug.txt f04ab664c71f84950a3a1fd28544b6851500c81a9aff890c4b9279639a32152c
+    """,
+    "coco": """
+    232 coco/1_512/labeled.txt bd0ff85bf2d35b4641d08c2201257ad5b5f02f85ea0da457f44f0b97c4caeb37
+    463 coco/1_256/labeled.txt 4cdf41b9d3b3afc3734057a605015860501199ed3680370ccb2c677fc159b127
+    925 coco/1_128/labeled.txt 06067c0fb879b8e6ab8f4bdab3dfa641e8e4da2990200fa156daa33670329d79
+    1849 coco/1_64/labeled.txt 622b84ccbb5dcba32f4f5bb4ffaf1a9cf3e3f1f460b55dc02605fd099ebf1337
+    3697 coco/1_32/labeled.txt 781b5990914f7422ee9e1f6325a914f289e077621b77b9cd066c2d01d33a939e
+    val coco/val.txt 5a296a8b638114611e81c3b2257ec1720c8c16300f29ac24fcd8ddf08c9eb6d8
+    """,
+    "ade20k": """
+    158 ade/1_128/labeled.txt 5b28d705e511a35f89b19b997eb68febea76253a6bd88429b62cf4e8446f0d05
+    316 ade/1_64/labeled.txt 78f423b10adcb3670e048c02bf43707430ede157036c195b61912dc4bf25602a
+    632 ade/1_32/labeled.txt 0a2f3b29515a07ea912f256d49b650a8436b846f838f10b122799ef3b2395f93
+    1263 ade/1_16/labeled.txt 85cb4de0a7896e90511e0ad5581f7b60a44d0896cfbdede01e11d1a55cb7b6f8
+    2526 ade/1_8/labeled.txt 73d45bc89e256a85419ae72cf88fd86ffbadab0ed86b0a186cae77192815582e
+    val ade/val.txt e30a05eab1c9fe423c059d8584289c4fdd9466c03bbf8d259eca8f047ff84524
+    """,
+    "cityscapes": """
+    100 cityscapes/1_30/labeled.txt b11041fef70476fb5564af0ef006a8013622da9cf49c7faf4182f3e26eb32742
+    186 cityscapes/1_16/labeled.txt 64195914dce1231133c7dc611fece213bc3a87fe4e0b73fbd96add7dfa8a2f46
+    372 cityscapes/1_8/labeled.txt 97291dfc509a8c90ee94e1c5fd1f7668c21205b995f53b963ac133f0ed96ee8e
+    744 cityscapes/1_4/labeled.txt 8edd24ae817eed7b49d0a06c95b7bfaf769002c98387e4edeab5e221ab7791c3
+    1488 cityscapes/1_2/labeled.txt 90d8e29d4d182c3b3def3d1fac02e454868c4ca632f73696bb521aa05e937ee4
+    val cityscapes/val.txt cf5aa35c0e4446bc684b61b6be88e22299ef7b1851852b53fc6a34794f161544
+    """,
+}
+# Number of a class in Cityscapes' own files (and on its server) -> its place among the 19, 0 to 18.
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+CITYSCAPES_LOGIN = """cityscapes is behind a login, so it cannot be fetched by a program. Get
+  leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com
+  python data_prep.py cityscapes --root {} --source FOLDER_OF_THE_TWO_ZIPS"""
+
+
+def parallel(function, items, title: str) -> list:
+    """[function(item), ...] with a progress bar, in threads: PIL leaves Python's lock."""
+    items = list(items)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(tqdm(pool.map(function, items), title, len(items), leave=False, disable=None))
+
+
+@contextlib.contextmanager
+def building(target: Path):
+    """A folder that becomes `target` when the block ends well, and vanishes when it does not.
+
+    Two processes may want the same: the second waits here, and is given None instead.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(target.parent, os.O_RDONLY) if fcntl else None
+    except OSError as error:
+        raise UserError(f"{target}: cannot be made ({error.strerror})") from None
+    folder = target.parent / f".{target.name}.building"
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            yield None
+            return
+        shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
+        folder.mkdir()
+        yield folder
+        folder.rename(target)
+    except PermissionError as error:
+        raise UserError(f"{target}: cannot be made ({error.strerror})") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if fcntl:
+            os.close(lock)
+
+
+def wrong_digest(file: Path, digest: str) -> str:
+    """"" if the file has the digest ("md5:...", "sha256:..."), else what is wrong with it."""
+    kind, _, expected = digest.partition(":")
+    if not kind:
+        return ""
+    hasher = hashlib.new(kind, usedforsecurity=False)
+    with open(file, "rb") as data, tqdm(
+            desc=f"{kind} of {file.name}", total=file.stat().st_size, unit="B", unit_scale=True,
+            leave=False, disable=None) as bar:
+        while block := data.read(1 << 20):
+            hasher.update(block)
+            bar.update(len(block))
+    found = hasher.hexdigest()
+    return "" if found == expected else f"has {kind} {found}, should have {expected}"
+
+
+def download(url: str, file: Path) -> None:
+    """Fetches a URL. What an earlier transfer left in FILE.part is continued, not fetched again."""
+    part = file.with_name(file.name + ".part")
+    while True:
+        start = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(url, headers={"User-Agent": "semivl"})
+        if start:
+            request.add_header("Range", f"bytes={start}-")
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                if answer.status != 206:
+                    start = 0  # this host sends the whole only
+                size = start + int(answer.headers.get("Content-Length") or 0)
+                with open(part, "ab" if start else "wb") as out, tqdm(
+                        desc=file.name, total=size, initial=start, unit="B", unit_scale=True,
+                        disable=None) as bar:
+                    while block := answer.read(1 << 18):
+                        out.write(block)
+                        bar.update(len(block))
+        except urllib.error.HTTPError as error:
+            if error.code != 416:  # nothing is missing: the digest will tell whether it is right
+                raise
+            size = start
+        except (OSError, http.client.HTTPException):
+            if not part.exists() or part.stat().st_size <= start:
+                raise  # not a byte more than before
+            continue
+        if part.stat().st_size >= size:
+            part.replace(file)
+            return
+        if part.stat().st_size <= start:
+            raise OSError("the transfer breaks off again and again")
+
+
+def fetch(name: str, digest: str, urls: tuple, source: str | None, downloads: Path) -> Path:
+    """A file from --source or from the first URL that serves it with the right digest.
+
+    A file in a folder `source` is used where it is; a URL `source` goes before the others.
+    """
+    if source and "://" in source:
+        urls = (f"{source.rstrip('/')}/{name}", *urls)
+    elif source and (file := Path(source) / name).is_file():
+        if wrong := wrong_digest(file, digest):
+            print(f"warning: {file} {wrong}; going on, as it was given by --source")
+        return file
+    file, failed = downloads / name.replace("/", "-"), []
+    if file.exists() and not wrong_digest(file, digest):
+        return file  # fetched before, by a process that was interrupted later
+    for url in urls:
+        # A part may be of something else: after a wrong digest, once more from the beginning.
+        for _ in range(1 + file.with_name(file.name + ".part").exists()):
+            try:
+                download(url, file)
+                wrong = wrong_digest(file, digest)
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                wrong = str(getattr(error, "reason", error))
+                break
+            if not wrong:
+                return file
+            file.unlink()
+        failed.append(f"{url}: {wrong}")
+    raise UserError(f"{name}: cannot be had. " + "; ".join(failed or [f"{source}: not there"]) +
+                    ". Fetch it by other means, and give its folder by --source")
+
+
+def unpack(archive: Path, taken: dict[str, str], folder: Path) -> None:
+    """Files of a tar or zip whose path matches a pattern of `taken`, to the path it maps to."""
+    def place(name: str):
+        return next((m.expand(new) for old, new in taken.items()
+                     if (m := re.fullmatch(old, name))), None)
+
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as file:
+                for info in tqdm(file.infolist(), f"unpack {archive.name}", disable=None):
+                    if new := place(info.filename):
+                        info.filename = new
+                        file.extract(info, folder)
+        else:
+            with tarfile.open(archive) as file:
+                for info in tqdm(file, f"unpack {archive.name}", disable=None):
+                    if info.isfile() and (new := place(info.name)):
+                        file.extract(info.replace(name=new, deep=False), folder, filter="data")
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{archive}: damaged ({error}); remove it and start again") from None
+
+
+def change_masks(files: list[Path], table: np.ndarray, rename=lambda file: file) -> None:
+    """Rewrites masks through a table [256] of new values."""
+    def change(file: Path):
+        with Image.open(file) as image:
+            mask = table[np.array(image)]
+        file.unlink()
+        Image.fromarray(mask).save(rename(file), compress_level=1)
+
+    parallel(change, files, "convert masks")
+
+
+def reduce_ade20k(folder: Path) -> None:
+    """Masks of ADE20K: 0 ("other") becomes IGNORE, 1 to 150 become 0 to 149.
+
+    Copies in which this was done already are left alone: they hold 255, and never 150.
+    """
+    files = sorted(folder.glob("annotations/*/*.png"))
+    for file in tqdm(files, "raw or reduced", leave=False, disable=None):
+        with Image.open(file) as image:
+            largest = int(np.max(image))
+        if largest == IGNORE:
+            return
+        if largest == 150:
+            table = np.arange(256, dtype=np.uint8) - 1  # 0 wraps round to 255
+            table[151:] = 254  # never in a raw mask; will be found out
+            return change_masks(files, table)
+    raise UserError("ADE20K: masks are neither raw (to 150) nor reduced (to 149, and 255)")
+
+
+def ade20k_list(count: str) -> str:
+    """The published list of `count` labelled images (or "val"): the authors drew it like this."""
+    _, train, val = COUNTS["ade20k"]
+    if count == "val":
+        names = [f"validation/ADE_val_{i:08}" for i in range(1, val + 1)]
+    else:
+        names = [f"training/ADE_train_{i:08}" for i in range(1, train + 1)]
+        random.Random(0).shuffle(names)
+        names = names[:int(count)]
+    return "\n".join(f"images/{name}.jpg annotations/{name}.png" for name in names)
+
+
+def write_lists(name: str, splits: Path, source: str | None, downloads: Path) -> list[Path]:
+    """The published lists, each verified by its SHA-256, into `splits`. Returns what it fetched."""
+    fetched = []
+    for line in LISTS[name].strip().splitlines():
+        count, path, digest = line.split()
+        file = splits / (f"{count}/labeled.txt" if count.isdigit() else f"{count}.txt")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if name == "ade20k":
+            file.write_bytes(ade20k_list(count).encode())
+            if wrong := wrong_digest(file, f"sha256:{digest}"):
+                raise UserError(f"splits/{path}: {wrong}; Python's shuffle is not what it was")
+        else:
+            path = f"splits/{path}"
+            urls = tuple(host + path for host in LIST_HOSTS)
+            fetched.append(fetch(path, f"sha256:{digest}", urls, source, downloads))
+            shutil.copy(fetched[-1], file)
+    return fetched
+
+
+def settle(name: str, folder: Path) -> None:
+    """From unpacked archives to a data folder: masks, list of training images, a check of all."""
+    splits = folder / "splits"
+
+    def listed(pattern: str, file: str) -> None:
+        images = sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern))
+        (splits / file).write_text("\n".join(images))
+
+    if name == "voc":  # no mask is needed where none will be looked at
+        images = (line.split()[0] for line in (splits / "train.txt").read_text().splitlines())
+        (splits / "train.txt").write_text("\n".join(images))
+    elif name == "coco":
+        listed("train2017/*.jpg", "train.txt")
+    elif name == "ade20k":
+        reduce_ade20k(folder)
+        listed("images/training/*.jpg", "train.txt")
+    else:
+        table = np.full(256, IGNORE, np.uint8)
+        table[list(CITYSCAPES_IDS)] = range(19)
+        change_masks(sorted(folder.glob("gtFine/*/*/*_labelIds.png")), table, lambda file:
+                     file.with_name(file.name.replace("labelIds", "labelTrainIds")))
+        listed("leftImg8bit/train/*/*.png", "train.txt")
+        listed("leftImg8bit/test/*/*.png", "test.txt")  # without masks: for the server
+    classes, train, val = COUNTS[name]
+    data = Folder(folder, dict.fromkeys(range(classes)), IGNORE)
+    if (len(data.train), len(data.val)) != (train, val):
+        raise UserError(f"{name}: {len(data.train)} training and {len(data.val)} validation images "
+                        f"came out of the archives instead of {train} and {val}")
+    data.labelled = sorted({entry for count in PUBLISHED[name] for entry in
+                            read_list(splits / str(count) / "labeled.txt", need_mask=True)})
+    data.unlabelled = data.train
+    data.check(decode_all=False)
+
+
+def prepare(name: str, root="data", source: str | None = None) -> Path:
+    """Makes root/NAME, complete or not at all. Where it is already, nothing is done.
+
+    source: URL of a mirror, or folder, with the archives (and perhaps the lists under splits/).
+    """
+    target, downloads = Path(root) / name, Path(root) / "downloads"
+    if target.exists():
+        return target
+    if name == "cityscapes" and not source:
+        raise UserError(CITYSCAPES_LOGIN.format(root))
+    with building(target) as folder:
+        if folder is None:
+            return target
+        local = [a for a in ARCHIVES[name] if source and (Path(source) / a.name).is_file()]
+        print(f"making {target}; what is fetched goes to {downloads} until it is unpacked:")
+        for archive in ARCHIVES[name]:
+            first = archive.urls[0] if archive.urls else source
+            print(f"  {archive.size:5.1f} GB  "
+                  f"{Path(source) / archive.name if archive in local else first}")
+        print(f"  lists of the {len(PUBLISHED[name])} published splits", flush=True)
+        need = sum(a.size * (1 if a in local else 2) for a in ARCHIVES[name])
+        free = shutil.disk_usage(folder).free / 1e9
+        if free < need:
+            raise UserError(f"{target}: needs about {need:.1f} GB, {free:.1f} GB are free there; "
+                            "choose another disk by --root")
+        downloads.mkdir(exist_ok=True)
+        fetched = write_lists(name, folder / "splits", source, downloads)
+        for archive in ARCHIVES[name]:
+            file = fetch(archive.name, archive.digest, archive.urls, source, downloads)
+            unpack(file, TAKEN[name], folder)
+            fetched.append(file)
+        settle(name, folder)
+    for file in fetched:
+        if file.parent == downloads:  # never what stands in --source
+            file.unlink()
+    with contextlib.suppress(OSError):
+        downloads.rmdir()  # unless something else is being fetched
+    print(f"{target} is complete: {COUNTS[name][1]} training, {COUNTS[name][2]} validation images",
+          flush=True)
+    return target
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1006,41 +1408,43 @@ def make_toy(root: Path, seed: int = 0) -> Path:
     toy = Path(root) / "toy"
     if toy.exists():
         return toy
-    print(f"making the toy world in {toy}: scenes, then a tiny CLIP (once, about a minute)",
-          flush=True)
-    try:
-        toy.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix="toy-", dir=toy.parent))
-    except OSError as error:
-        raise UserError(f"{toy}: cannot be made ({error.strerror})") from None
-    try:
-        write_scenes(building, seed)
+    with building(toy) as folder:
+        if folder is None:
+            return toy
+        print(f"making the toy world in {toy}: scenes, then a tiny CLIP (once, about a minute)",
+              flush=True)
+        write_scenes(folder, seed)
         painter = Painter(f"corpus {seed}")
         bar = tqdm(range(CORPUS), "painting the corpus", disable=None)
         pictures, captions = zip(*(painter.picture() for _ in bar))
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
             clip = pretrain_tiny_clip(to_tensor(pictures), captions, seed)
-        torch.save(clip.state_dict(), building / "clip.pt")
-        building.chmod(0o755)  # mkdtemp makes a private folder
-        if not toy.exists():  # another run may have been faster
-            building.rename(toy)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        torch.save(clip.state_dict(), folder / "clip.pt")
     return toy
 
 
 def main(argv=None) -> int:
-    """Command line: `data_prep.py toy --root data`."""
+    """Command line: `data_prep.py toy|voc|coco|ade20k|cityscapes`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", choices=["toy"])
+    parser.add_argument("dataset", choices=["toy", *ARCHIVES])
     parser.add_argument("--root", default="data", help="where data sets are kept [data]")
+    parser.add_argument("--source", help="folder, or URL of a mirror, that has the archives")
     args = parser.parse_args(argv)
     try:
-        print(make_toy(args.root))
+        if args.dataset == "toy" and args.source:
+            raise UserError("--source does not go with toy: nothing is fetched for it")
+        present = (Path(args.root) / args.dataset).exists()
+        path = (make_toy(args.root) if args.dataset == "toy" else
+                prepare(args.dataset, args.root, args.source))
+        if present:
+            print(f"{path} is there already; nothing to do")
     except UserError as error:
         print(f"data_prep.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("data_prep.py: interrupted; what was fetched is kept", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -6,12 +6,22 @@ The numbers below were computed once by the authors' code (google-research/semiv
 float32, CPU) with weights made by a formula, so that nobody has to carry a weight file.
 """
 
+import hashlib
+import http.server
+import io
 import json
 import math
+import shutil
+import signal
 import subprocess
 import sys
+import tarfile
+import threading
+import time
+import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -647,6 +657,344 @@ def test_every_item_is_a_function_of_seed_and_position(folder):
     assert not torch.equal(first["s1"], first["s2"])
     once = [items.pick("unlabelled", i) for i in range(len(data.unlabelled))]
     assert sorted(once) == sorted(data.unlabelled)  # an epoch sees every image once
+
+
+# ----------------------------------------------------------------------------------------------
+# The published data sets, from small archives of the true layout, served on this machine
+# ----------------------------------------------------------------------------------------------
+
+
+class Host(http.server.BaseHTTPRequestHandler):
+    """Serves `server.files`; a path in `server.breaking` is cut off in the middle, once."""
+
+    def do_GET(self):
+        host, path = self.server, self.path
+        host.seen.append((path, self.headers.get("Range")))
+        if path not in host.files:
+            return self.send_error(404)
+        content, start = host.files[path], 0
+        if self.headers.get("Range") and host.ranges:
+            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+            if start >= len(content):
+                return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        end = len(content) // 2 if path in host.breaking else len(content)
+        host.breaking.discard(path)
+        self.wfile.write(content[start:end])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def host():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host)
+    server.files, server.breaking, server.seen, server.ranges = {}, set(), [], True
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def encoded(array, kind="PNG", palette=False) -> bytes:
+    picture = Image.fromarray(array)
+    if palette:
+        picture.putpalette(np.random.RandomState(0).randint(0, 255, 768).tolist())
+    file = io.BytesIO()
+    picture.save(file, kind)
+    return file.getvalue()
+
+
+def archive(kind: str, members: dict) -> bytes:
+    file = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(file, "w") as out:
+            for name, content in members.items():
+                out.writestr(name, content)
+    else:
+        with tarfile.open(fileobj=file, mode="w") as out:
+            for name, content in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                out.addfile(info, io.BytesIO(content))
+            link = tarfile.TarInfo("VOCdevkit/VOC2012/JPEGImages/link.jpg")
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            out.addfile(link)
+    return file.getvalue()
+
+
+PHOTO = encoded(np.full((20, 30, 3), 99, np.uint8), "JPEG")
+MASK = np.arange(600, dtype=np.uint8).reshape(20, 30) % 19
+
+
+def small_world(name: str) -> tuple[dict, dict]:
+    """Three training and two validation images -> archives {name: bytes}, lists {path: text}."""
+    if name == "voc":
+        names = ["2007_000001", "2007_000002", "2008_000003", "2007_000004", "2007_000005"]
+        root, mask = "VOCdevkit/VOC2012/", MASK.copy()
+        mask[0, 0] = IGNORE
+        members = {f"{root}JPEGImages/{n}.jpg": PHOTO for n in names}
+        members |= {f"{root}SegmentationClass/{n}.png": encoded(mask, palette=True)
+                    for n in names if n[3] != "8"}  # 2008_000003 has no mask: it needs none
+        members |= {f"{root}Annotations/{names[0]}.xml": b"", "../../escaped.jpg": b"x",
+                    f"{root}JPEGImages/../../../../escaped.jpg": b"x"}
+        archives = {"VOCtrainval_11-May-2012.tar": archive("tar", members)}
+        line = "JPEGImages/{0}.jpg SegmentationClass/{0}.png".format
+    elif name == "coco":
+        names = [f"{i:012}" for i in (7, 8, 9, 4, 5)]
+        archives = {
+            "train2017.zip": archive("zip", {f"train2017/{n}.jpg": PHOTO for n in names[:3]}),
+            "val2017.zip": archive("zip", {f"val2017/{n}.jpg": PHOTO for n in names[3:]}),
+            "ground_truth_coco.zip": archive("zip", {
+                f"somewhere/deep/{n}.png": encoded(MASK + 60) for n in names}
+                | {f"__MACOSX/._{names[0]}.png": b"", "../../000000000001.png": encoded(MASK)})}
+        places = dict.fromkeys(names[:3], "train2017") | dict.fromkeys(names[3:], "val2017")
+        line = lambda n: f"{places[n]}/{n}.jpg masks/{n}.png"  # noqa: E731
+    elif name == "ade20k":
+        names = [f"training/ADE_train_{i:08}" for i in (1, 2, 3)]
+        names += [f"validation/ADE_val_{i:08}" for i in (1, 2)]
+        root, mask = "ADEChallengeData2016/", MASK.copy()
+        mask[0, :3] = 0, 1, 150
+        archives = {"ADEChallengeData2016.zip": archive("zip", {
+            f"{root}{n}": b"" for n in ("sceneCategories.txt", "images/training/../../../up.jpg")}
+            | {f"{root}images/{n}.jpg": PHOTO for n in names}
+            | {f"{root}annotations/{n}.png": encoded(mask) for n in names})}
+        line = None
+    else:
+        names = ["train/bonn/bonn_000001_000019", "train/bonn/bonn_000002_000019",
+                 "train/jena/jena_000003_000019", "val/ulm/ulm_000004_000019",
+                 "val/ulm/ulm_000005_000019"]
+        ids = np.arange(600, dtype=np.uint8).reshape(20, 30) % 34
+        archives = {
+            "leftImg8bit_trainvaltest.zip": archive("zip", {
+                f"leftImg8bit/{n}_leftImg8bit.png": encoded(np.zeros((20, 30, 3), np.uint8))
+                for n in [*names, "test/rom/rom_000006_000019"]} | {"README": b""}),
+            "gtFine_trainvaltest.zip": archive("zip", {
+                f"gtFine/{n}_gtFine_labelIds.png": encoded(ids) for n in names}
+                | {f"gtFine/{n}_gtFine_color.png": b"" for n in names})}
+        line = "leftImg8bit/{0}_leftImg8bit.png gtFine/{0}_gtFine_labelTrainIds.png".format
+    if not line:
+        return archives, {}
+    listed = {"1": names[:1], "2": names[:2], "val": names[3:]}
+    if name == "voc":
+        listed["train"] = names[:3]
+    return archives, {f"splits/{name}/{count}.txt": "\n".join(map(line, entries))
+                      for count, entries in listed.items()}
+
+
+def publish(name: str, host, monkeypatch, wrong_first=False) -> dict:
+    """Makes the program believe that the small world is the published one, served by two hosts."""
+    archives, lists = small_world(name)
+    for path, content in archives.items():
+        host.files |= {f"/first/{path}": b"spoilt" + content if wrong_first else content,
+                       f"/second/{path}": content}
+    for path, text in lists.items():
+        host.files |= {f"/lists/{path}": text.encode()}
+    monkeypatch.setattr(data_prep, "COUNTS", {name: (data_prep.COUNTS[name][0], 3, 2)})
+    monkeypatch.setitem(data_prep.PUBLISHED, name, {1: 0.0, 2: 0.0})
+    if name == "ade20k":
+        lists = {f"splits/{count}.txt": data_prep.ade20k_list(count) for count in ("1", "2", "val")}
+    monkeypatch.setitem(data_prep.LISTS, name, "\n".join(
+        f"{Path(path).stem} {path.removeprefix('splits/')} "
+        f"{hashlib.sha256(text.encode()).hexdigest()}" for path, text in lists.items()))
+    monkeypatch.setattr(data_prep, "LIST_HOSTS", (f"{host.url}/gone/", f"{host.url}/lists/"))
+    login = name == "cityscapes"
+    monkeypatch.setitem(data_prep.ARCHIVES, name, [data_prep.Archive(
+        path, 0.001, "" if "truth" in path or login else f"md5:{hashlib.md5(content).hexdigest()}",
+        () if login else (f"{host.url}/first/{path}", f"{host.url}/second/{path}"))
+        for path, content in archives.items()])
+    return archives
+
+
+@pytest.mark.parametrize("name", ["voc", "coco", "ade20k", "cityscapes"])
+def test_a_published_data_set_is_made_from_its_archives(name, host, monkeypatch, tmp_path, capsys):
+    archives = publish(name, host, monkeypatch)
+    command, source = [name, "--root", str(tmp_path / "data")], tmp_path / "zips"
+    if name == "cityscapes":
+        assert data_prep.main(command) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 3
+        assert not (tmp_path / "data").exists()
+        source.mkdir()
+        for path, content in archives.items():
+            (source / path).write_bytes(content)
+        command += ["--source", str(source)]
+    assert data_prep.main(command) == 0
+    shown = capsys.readouterr().out
+    assert "GB" in shown and "3 training, 2 validation images" in shown
+    assert [p.name for p in (tmp_path / "data").iterdir()] == [name]  # no archive, no part is left
+    assert not list(tmp_path.rglob("*escaped*")) and not list(tmp_path.rglob("*link.jpg"))
+    made = tmp_path / "data" / name
+    data = data_prep.Folder(made, dict.fromkeys(range(data_prep.COUNTS[name][0])), IGNORE)
+    assert all((made / image).is_file() for image, _ in data.train)
+    mask = data.mask(data.val[0])
+    if name == "voc":
+        assert [image for image, _ in data.train][2] == "JPEGImages/2008_000003.jpg"
+        assert data.train[0][1] is None
+        with Image.open(made / data.val[0][1]) as picture:
+            assert picture.mode == "P"  # the very file of the archive
+        assert mask[0, :4].tolist() == [IGNORE, 1, 2, 3]
+    elif name == "coco":
+        assert mask[0, :4].tolist() == [60, 61, 62, 63]
+    elif name == "ade20k":
+        assert mask[0, :4].tolist() == [IGNORE, 0, 149, 2]
+    else:
+        known = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11,
+                 25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+        assert mask.flatten()[:34].tolist() == [known.get(i, IGNORE) for i in range(34)]
+        assert [image for image, _ in data.secret] == [
+            "leftImg8bit/test/rom/rom_000006_000019_leftImg8bit.png"]
+        assert len(list(source.iterdir())) == 2  # the user's own archives stay
+    assert {p.parent.name for p in made.glob("splits/*/labeled.txt")} == {"1", "2"}
+
+    before, asked = sorted(tmp_path.rglob("*")), len(host.seen)
+    assert data_prep.main(command) == 0  # a second time: nothing to do
+    assert "nothing to do" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before and len(host.seen) == asked
+
+
+def test_training_on_a_published_set_prepares_it_by_itself(host, monkeypatch, tmp_path, capsys):
+    publish("voc", host, monkeypatch)
+    cfg = Config(dataset="voc", labels=2, root=str(tmp_path))
+    folder = data_prep.open_data(cfg, semivl.CLASSES)
+    folder.choose_labelled(cfg)
+    folder.check(decode_all=False)
+    assert (len(folder.labelled), len(folder.unlabelled), len(folder.val)) == (2, 1, 2)
+    assert f"making {tmp_path}/voc" in capsys.readouterr().out
+
+
+def test_masks_of_ade20k_are_never_shifted_twice(host, monkeypatch, tmp_path):
+    archives = publish("ade20k", host, monkeypatch)
+    (name, content), = archives.items()
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        members = {n: file.read(n) for n in file.namelist()}
+    for path in members:
+        if path.endswith(".png"):  # a copy in circulation: reduced already
+            mask = np.array(Image.open(io.BytesIO(members[path]))).astype(int) - 1
+            members[path] = encoded(np.where(mask < 0, IGNORE, mask).astype(np.uint8))
+    (tmp_path / "zips").mkdir()
+    (tmp_path / "zips" / name).write_bytes(archive("zip", members))
+    made = data_prep.prepare("ade20k", tmp_path, str(tmp_path / "zips"))  # other digest: a warning
+    data = data_prep.Folder(made, dict.fromkeys(range(150)), IGNORE)
+    assert data.mask(data.val[0])[0, :4].tolist() == [IGNORE, 0, 149, 2]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_broken_transfer_goes_on_where_it_stopped(ranges, host, tmp_path):
+    content = np.random.RandomState(0).bytes(3_000_001)
+    host.files, host.breaking, host.ranges = {"/a.bin": content}, {"/a.bin"}, ranges
+    data_prep.download(f"{host.url}/a.bin", tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == content
+    assert host.seen == [("/a.bin", None), ("/a.bin", "bytes=1500000-")]
+    (tmp_path / "b.bin.part").write_bytes(content)  # all there, only the name is not
+    data_prep.download(f"{host.url}/a.bin", tmp_path / "b.bin")
+    assert (tmp_path / "b.bin").read_bytes() == content
+
+
+def test_a_part_of_something_else_is_fetched_anew(host, tmp_path):
+    content, digest = b"the right one", f"md5:{hashlib.md5(b'the right one').hexdigest()}"
+    host.files = {"/a.bin": content}
+    (tmp_path / "a.bin.part").write_bytes(b"wrong")
+    file = data_prep.fetch("a.bin", digest, (f"{host.url}/a.bin",), None, tmp_path)
+    assert file.read_bytes() == content
+    assert [asked for _, asked in host.seen] == ["bytes=5-", None]
+
+
+def test_a_wrong_digest_is_refused_and_the_mirror_used(host, monkeypatch, tmp_path, capsys):
+    publish("voc", host, monkeypatch, wrong_first=True)
+    assert data_prep.main(["voc", "--root", str(tmp_path)]) == 0
+    assert [path for path, _ in host.seen if "VOC" in path] == [
+        f"/{place}/VOCtrainval_11-May-2012.tar" for place in ("first", "second")]
+    host.files.pop("/second/VOCtrainval_11-May-2012.tar")
+    capsys.readouterr()
+    assert data_prep.main(["voc", "--root", str(tmp_path / "other")]) == 2
+    shown = capsys.readouterr().err
+    assert "has md5" in shown and "404" not in shown.partition("second")[0]
+    assert len(shown.splitlines()) == 1 and "--source" in shown
+    assert not (tmp_path / "other/voc").exists()
+
+
+def test_a_mirror_given_by_hand_comes_first(host, monkeypatch, tmp_path):
+    archives = publish("voc", host, monkeypatch)
+    host.files |= {f"/mine/{path}": content for path, content in archives.items()}
+    data_prep.prepare("voc", tmp_path, f"{host.url}/mine/")
+    assert [path for path, _ in host.seen if path.endswith(".tar")] == [f"/mine/{path}"
+                                                                         for path in archives]
+
+
+def test_an_interrupted_build_leaves_no_folder_and_fetches_nothing_twice(
+        host, monkeypatch, tmp_path, capsys):
+    publish("voc", host, monkeypatch)
+    with monkeypatch.context() as broken:
+        broken.setattr(data_prep, "settle", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert data_prep.main(["voc", "--root", str(tmp_path)]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["downloads"]
+    (tmp_path / ".voc.building").mkdir()  # what a killed process would have left
+    (tmp_path / ".voc.building/junk").write_text("")
+    asked = len(host.seen)
+    data_prep.prepare("voc", tmp_path)
+    assert len(host.seen) == asked
+    assert not (tmp_path / "voc/junk").exists() and [p.name for p in tmp_path.iterdir()] == ["voc"]
+
+
+def test_of_two_processes_that_want_the_same_folder_one_makes_it(tmp_path):
+    made = []
+
+    def make():
+        with data_prep.building(tmp_path / "set") as folder:
+            if folder:
+                time.sleep(0.1)
+                made.append(folder)
+
+    threads = [threading.Thread(target=make) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1 and [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_disk_too_small_is_noticed_before_anything_is_fetched(
+        host, monkeypatch, tmp_path, capsys):
+    publish("coco", host, monkeypatch)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5e6))
+    assert data_prep.main(["coco", "--root", str(tmp_path)]) == 2
+    assert "needs about" in capsys.readouterr().err and not host.seen
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_counts_and_values_in_an_archive_are_refused(host, monkeypatch, tmp_path, capsys):
+    publish("coco", host, monkeypatch)
+    monkeypatch.setattr(data_prep, "COUNTS", {"coco": (81, 4, 2)})
+    assert data_prep.main(["coco", "--root", str(tmp_path)]) == 2
+    assert "3 training and 2 validation images came out" in capsys.readouterr().err
+    monkeypatch.setattr(data_prep, "COUNTS", {"coco": (70, 3, 2)})
+    assert data_prep.main(["coco", "--root", str(tmp_path)]) == 2
+    assert "holds the value 70" in capsys.readouterr().err
+    assert not (tmp_path / "coco").exists()
+
+
+def test_the_published_lists_are_known_by_digest_and_ade20ks_are_made():
+    for name, lines in data_prep.LISTS.items():
+        listed = [line.split() for line in lines.strip().splitlines()]
+        assert [int(count) for count, *_ in listed if count.isdigit()] == list(
+            data_prep.PUBLISHED[name])
+        assert all(path.endswith(".txt") and len(digest) == 64 for _, path, digest in listed)
+        if name == "ade20k":
+            for count, _, digest in listed:
+                text = data_prep.ade20k_list(count)
+                assert hashlib.sha256(text.encode()).hexdigest() == digest
+                assert len(text.splitlines()) == (2000 if count == "val" else int(count))
+
+
+def test_a_list_that_is_not_the_published_one_is_refused(host, monkeypatch, tmp_path, capsys):
+    publish("voc", host, monkeypatch)
+    host.files["/lists/splits/voc/2.txt"] += b"\nJPEGImages/2007_000004.jpg x"
+    assert data_prep.main(["voc", "--root", str(tmp_path)]) == 2
+    assert "splits/voc/2.txt: cannot be had" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------
