@@ -29,10 +29,14 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import tarfile
+import threading
+import time
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -41,15 +45,17 @@ from typing import NamedTuple
 
 import numpy as np
 import open_clip
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 try:
-    import fcntl  # file locks; there are none on Windows
+    import fcntl  # file locks and memory counters; there are none on Windows
+    import resource
 except ImportError:
-    fcntl = None
+    fcntl = resource = None
 
 IGNORE = 255
 # What PIL raises for a file that is no picture, or a broken or an enormous one.
@@ -472,7 +478,8 @@ def fetch(name: str, digest: str, urls: tuple, source: str | None, downloads: Pa
             file.unlink()
         failed.append(f"{url}: {wrong}")
     raise UserError(f"{name}: cannot be had. " + "; ".join(failed or [f"{source}: not there"]) +
-                    ". Fetch it by other means, and give its folder by --source")
+                    ". Put it into a folder under that name by other means, and give the folder "
+                    "by --source")
 
 
 def unpack(archive: Path, taken: dict[str, str], folder: Path) -> None:
@@ -617,17 +624,19 @@ def prepare(name: str, root="data", source: str | None = None) -> Path:
             raise UserError(f"{target}: needs about {need:.1f} GB, {free:.1f} GB are free there; "
                             "choose another disk by --root")
         downloads.mkdir(exist_ok=True)
-        fetched = write_lists(name, folder / "splits", source, downloads)
-        for archive in ARCHIVES[name]:
-            file = fetch(archive.name, archive.digest, archive.urls, source, downloads)
-            unpack(file, TAKEN[name], folder)
-            fetched.append(file)
-        settle(name, folder)
-    for file in fetched:
-        if file.parent == downloads:  # never what stands in --source
-            file.unlink()
-    with contextlib.suppress(OSError):
-        downloads.rmdir()  # unless something else is being fetched
+        try:
+            fetched = write_lists(name, folder / "splits", source, downloads)
+            for archive in ARCHIVES[name]:
+                file = fetch(archive.name, archive.digest, archive.urls, source, downloads)
+                unpack(file, TAKEN[name], folder)
+                fetched.append(file)
+            settle(name, folder)
+            for file in fetched:
+                if file.parent == downloads:  # never what stands in --source
+                    file.unlink()
+        finally:
+            with contextlib.suppress(OSError):
+                downloads.rmdir()  # unless it holds something to go on from
     print(f"{target} is complete: {COUNTS[name][1]} training, {COUNTS[name][2]} validation images",
           flush=True)
     return target
@@ -640,8 +649,13 @@ def prepare(name: str, root="data", source: str | None = None) -> Path:
 
 def load_file(file) -> dict:
     """A dictionary from a file of torch.save, without running any code that is in it."""
+    # numpy's numbers are harmless, and often stand in checkpoints beside the tensors.
+    numbers = [np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32)),
+               *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
+                 for core in ("core", "_core"))]
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(numbers):
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     except Exception:  # truncated, another format, or a pickle that wants to run code
@@ -651,9 +665,35 @@ def load_file(file) -> dict:
     return content
 
 
+def load_weights(file) -> tuple[dict, bool]:
+    """Name -> tensor of a weight file: .safetensors, TorchScript as OpenAI's .pt, or torch.save's
+    state dict (bare, or under "state_dict"). Also whether it was TorchScript."""
+    try:
+        if Path(file).suffix == ".safetensors":
+            return safetensors.torch.load_file(file), False
+        script = zipfile.is_zipfile(file) and any(
+            name.endswith("/constants.pkl") for name in zipfile.ZipFile(file).namelist())
+        if script:  # holds a compiled model, but no Python that loading would run
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch gives TorchScript up, OpenAI's files stay
+                return torch.jit.load(file, map_location="cpu").state_dict(), True
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except Exception:
+        raise UserError(f"{file}: not a whole file of weights") from None
+    content = load_file(file)
+    content = content.get("state_dict", content)
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}, False
+
+
+def clip_config(name: str) -> dict | None:
+    """open_clip's settings of a model; "toy" is the tiny one below."""
+    return TINY_CLIP if name == "toy" else open_clip.get_model_config(name)
+
+
 def empty_clip(name: str) -> open_clip.CLIP:
-    """The open_clip model of that name ("toy": the tiny one), with random weights."""
-    config = TINY_CLIP if name == "toy" else open_clip.get_model_config(name)
+    """The model of that name with random weights."""
+    config = clip_config(name)
     if not config or set(config) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}:
         raise UserError(f"--clip {name}: not a plain CLIP that open_clip knows; take 'toy', or a "
                         "ViT of open_clip.list_models() such as ViT-B-16-quickgelu")
@@ -670,6 +710,9 @@ def load_clip(name: str, tag: str, weights: str, root) -> open_clip.CLIP:
         print("warning: CLIP has random weights (--clip-weights none); good for tests only")
         return clip
     if not weights and name != "toy":
+        if tag not in (tags := open_clip.list_pretrained_tags_by_model(name)):
+            raise UserError(f"--clip-tag {tag}: {name} has {', '.join(tags) or 'no weights'}")
+        check_gelu(name, open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False), tag)
         try:
             logging.disable(logging.ERROR)  # what open_clip logs is said below, in one line
             return open_clip.create_model(name, pretrained=tag, require_pretrained=True)
@@ -678,17 +721,35 @@ def load_clip(name: str, tag: str, weights: str, root) -> open_clip.CLIP:
                             "--clip-weights FILE, or none for random ones") from None
         finally:
             logging.disable(logging.NOTSET)
-    load_strictly(clip, weights or make_toy(root) / "clip.pt", f"--clip {name}")
+    file = weights or make_toy(root) / "clip.pt"
+    state, script = load_weights(file)
+    if script:  # OpenAI's own file: three numbers stand among the weights
+        check_gelu(name, True, file)
+        state = {k: v for k, v in state.items() if v.ndim or k == "logit_scale"}
+    load_strictly(clip, state, file, f"--clip {name}")
     return clip
 
 
-def load_strictly(module, file, what: str, extra: bool = False) -> None:
-    """Every tensor of `module` from `file`, or an error: weights silently not loaded are worse.
+def check_gelu(name: str, quick: bool, weights) -> None:
+    """Weights run with the wrong GELU still look right, and are some points worse."""
+    if quick != clip_config(name).get("quick_gelu", False):
+        other = f"{name}-quickgelu" if quick else name.removesuffix("-quickgelu")
+        raise UserError(f"--clip {name}: {weights} was trained with {'Quick' * quick}GELU; take "
+                        f"--clip {other}")
+
+
+def clip_statistics(name: str, tag: str) -> tuple:
+    """Mean and standard deviation of the images that a pretrained CLIP was trained on."""
+    info = open_clip.get_pretrained_cfg(name, tag) or {}
+    return (info.get("mean") or open_clip.OPENAI_DATASET_MEAN,
+            info.get("std") or open_clip.OPENAI_DATASET_STD)
+
+
+def load_strictly(module, state: dict, file, what: str, extra: bool = False) -> None:
+    """Every tensor of `module` from `state`, or an error: weights silently not loaded are worse.
 
     With `extra` the file may hold more than the module needs.
     """
-    state = load_file(file)
-    state = state.get("state_dict", state)
     if extra:
         state = {name: state[name] for name in module.state_dict() if name in state}
     try:
@@ -713,7 +774,8 @@ def conv_encoder(weights: str) -> torch.nn.Module:
         raise UserError("cannot fetch the ImageNet weights of resnet101c; give --conv-weights FILE "
                         f"({str(error)[:120]})") from None
     if weights not in ("", "none"):
-        load_strictly(net, weights, "timm's resnet101c", extra=True)
+        state, _ = load_weights(weights)
+        load_strictly(net, state, weights, "timm's resnet101c", extra=True)
     return net
 
 
@@ -782,6 +844,33 @@ AUTHORS_NAMES = {
     ".ln2": ".ln_2", "ffn.layers.0.0": "mlp.c_fc", "ffn.layers.1": "mlp.c_proj",
 }
 
+
+def rename_authors_tensors(state_dict: dict) -> dict:
+    """The authors' tensors under our names and in our shapes, without their frozen CLIP."""
+    weights = {}
+    for key, tensor in state_dict.items():
+        for theirs, ours in AUTHORS_NAMES.items():
+            key = key.replace(theirs, ours)
+        if not key.startswith("clip_encoder."):
+            weights[key] = tensor
+    vit = "clip.visual."
+    weights[vit + "class_embedding"] = weights[vit + "class_embedding"].flatten()
+    weights[vit + "positional_embedding"] = weights[vit + "positional_embedding"][0]
+    weights[vit + "proj"] = weights[vit + "proj"].flatten(1).T  # was a 1 x 1 convolution
+    return weights
+
+
+def vit_of_shapes(weights: dict, heads: int | None) -> open_clip.transformer.VisionTransformer:
+    """A ViT for tensors under our names; heads cannot be seen in them: width / 64 by default."""
+    vit = "clip.visual."
+    width, _, patch, _ = weights[vit + "conv1.weight"].shape
+    return open_clip.transformer.VisionTransformer(
+        image_size=math.isqrt(len(weights[vit + "positional_embedding"]) - 1) * patch,
+        patch_size=patch, width=width, heads=heads or width // 64, mlp_ratio=4.0,
+        layers=sum("mlp.c_fc.weight" in key for key in weights),
+        output_dim=weights[vit + "proj"].shape[1])
+
+
 # ----------------------------------------------------------------------------------------------
 # Command line, run folders, tables, pictures
 # ----------------------------------------------------------------------------------------------
@@ -828,11 +917,26 @@ def parse_args(argv, config, presets: dict) -> tuple[dict, argparse.Namespace]:
     group.add_argument("--eval", metavar="CKPT", help="table of IoU per class of a checkpoint")
     group.add_argument("--predict", nargs="+", metavar=("CKPT", "IMAGE"),
                        help="palette PNG and overlay of each image, of any size")
+    group.add_argument("--save-predictions", metavar="DIR",
+                       help="with --eval: a PNG of each image, as the data set's server wants it")
     group.add_argument("--resume", metavar="RUN", help="go on with a run that was interrupted")
     args = parser.parse_args(argv)
+    if args.save_predictions and not args.eval:
+        error("--save-predictions goes with --eval only")
+    if sum(map(bool, (args.eval, args.predict, args.resume))) > 1:
+        error("--eval, --predict and --resume exclude each other")
     typed = {field.name: getattr(args, field.name) == "on" if field.type is bool
              else getattr(args, field.name) for field in fields if hasattr(args, field.name)}
     return typed, args
+
+
+def settings_of(content: dict, config, file, changes: dict):
+    """The settings that a checkpoint was written with, changed as told."""
+    try:
+        return config(**content["config"] | changes)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file}: not a checkpoint of this version of the program ({error})"
+                        ) from None
 
 
 def check_settings(cfg) -> None:
@@ -874,22 +978,32 @@ def autocast(cfg, device: torch.device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-def new_run(cfg, folder: Folder, source: str) -> str:
-    """Makes the run's folder: `cfg.out`, which must not hold anything yet, or runs/DATASET-LABELS,
-    numbered when taken. It gets the settings, the labelled list and a copy of the source."""
-    path = Path(cfg.out)
-    if not cfg.out:
-        name = path = Path("runs") / f"{Path(cfg.dataset).resolve().name}-{cfg.labels}"
-        number = 1
-        while path.exists():
-            number += 1
-            path = Path(f"{name}-{number}")
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"--out {path}: exists already; take another name, or --resume {path}")
+def numbered(path: Path) -> Path:
+    """The path, or with -2, -3, ... at its end when there is such a file or folder already."""
+    free, number = path, 1
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
+
+
+def new_folder(path: Path, remedy: str) -> Path:
+    """Makes a folder, which must not hold anything yet."""
     try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path}: exists already; {remedy}")
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be made ({error.strerror})") from None
+    return path
+
+
+def new_run(cfg, folder: Folder, source: str) -> str:
+    """Makes the run's folder, `cfg.out` or runs/DATASET-LABELS, numbered when taken, with the
+    settings, the list of labelled images and a copy of the source."""
+    name = Path("runs") / f"{Path(cfg.dataset).resolve().name}-{cfg.labels}"
+    path = new_folder(Path(cfg.out) if cfg.out else numbered(name),
+                      f"take another name for --out, or --resume {cfg.out}")
     write_json(path / "config.json", dataclasses.asdict(cfg) | {"out": str(path)})
     lines = (" ".join(filter(None, entry)) + "\n" for entry in folder.labelled)
     (path / "labeled.txt").write_text("".join(lines))
@@ -898,12 +1012,140 @@ def new_run(cfg, folder: Folder, source: str) -> str:
     return str(path)
 
 
-def open_log(file: Path, step: int):
-    """The log of a run, without the lines of steps that were lost since the last checkpoint."""
-    lines = file.read_text().splitlines(keepends=True) if step and file.exists() else []
-    log = open(file, "w")
-    log.writelines(line for line in lines if json.loads(line)["step"] <= step)
-    return log
+def save_whole(content: dict, file: Path) -> None:
+    """torch.save that leaves the old file as it is unless the new one is complete on the disk."""
+    temporary = file.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as out:
+            torch.save(content, out)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(file)
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{file}: cannot be written ({str(error).splitlines()[0][:120]}). The file "
+                        "of the last save is whole; make room, then --resume") from None
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM become KeyboardInterrupt, but never inside a `with signals.held():`."""
+
+    def __enter__(self):
+        self.holding = self.asked = False
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # others cannot have handlers
+            self.before = {number: signal.signal(number, self.handle)
+                           for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        self.asked = True
+        if not self.holding:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def held(self):
+        """What stands in this block is finished before a signal has its way."""
+        self.holding = True
+        yield
+        self.holding = False
+        if self.asked:
+            raise KeyboardInterrupt
+
+
+def quiet_worker(_) -> None:
+    """A loader process leaves signals to the process that trains, and goes when that goes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class RunLog:
+    """The progress bar, log.jsonl (a line a step, and a line an evaluation), what is printed.
+
+    run: has `step`, `steps`, `cfg`, `device`, `optimizer`.
+    """
+
+    def __init__(self, run):
+        self.run, self.seconds, self.timed = run, 0.0, 0
+        self.restart()
+
+    def restart(self) -> None:
+        self.sums, self.count, self.mark = {}, 0, None
+
+    def __enter__(self):
+        file, kept = Path(self.run.cfg.out) / "log.jsonl", []
+        if self.run.step and file.exists():  # without the steps lost since the last checkpoint
+            for line in file.read_text().splitlines(keepends=True):
+                with contextlib.suppress(ValueError):  # a kill may have left half a line
+                    kept += [line] if json.loads(line)["step"] <= self.run.step else []
+        self.file = open(file, "w")
+        self.file.writelines(kept)
+        self.bar = tqdm(desc="train", total=self.run.steps, initial=self.run.step, disable=None)
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+        self.file.close()
+
+    def write(self, line: dict) -> None:
+        rates = [group["lr"] for group in self.run.optimizer.param_groups]
+        self.file.write(json.dumps(dict(step=self.run.step, lr=rates) | line) + "\n")
+        self.file.flush()
+
+    def step(self, line: dict) -> None:
+        """What one optimiser step says."""
+        before, self.mark = self.mark, time.perf_counter()
+        if before:  # the first step after a start or an evaluation is not timed
+            self.seconds, self.timed = self.seconds + self.mark - before, self.timed + 1
+        self.count += 1
+        for name, value in line.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.write(line)
+        self.bar.update()
+        self.bar.set_postfix(loss=f"{line['total']:.3f}", kept=f"{line.get('kept', 0):.2f}")
+        if before and self.timed == 1:
+            left = self.seconds * (self.run.steps - self.run.step)
+            tqdm.write(f"pace       {self.seconds:.3g} s a step, {self.speed():.3g} images/s: "
+                       f"{duration(left)} to go, evaluations aside; "
+                       f"{peak_memory(self.run.device)} so far")
+
+    def speed(self) -> float:
+        """Images a second, labelled and unlabelled."""
+        return self.run.cfg.batch * (1 + self.run.cfg.unlabeled) * self.timed / self.seconds
+
+    def evaluation(self, line: dict) -> None:
+        """What `validate` says, with the means since the last time."""
+        means = {name: value / self.count for name, value in self.sums.items()} | line
+        if self.timed:
+            means["images_per_second"] = self.speed()
+        self.write(means)
+        tqdm.write(f"step {self.run.step:<5} loss {means.get('total', math.nan):.3f}  kept "
+                   f"{means.get('kept', 0):.2f}  validation mIoU {line['val_miou']:.1f} (student "
+                   f"{line['student']:.1f}, best {line['best']:.1f})")
+        self.restart()
+
+
+def duration(seconds: float) -> str:
+    """"3 h 20 min", "5 min", "40 s"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory that this run has held so far: CUDA's own counter, or the process's."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB of GPU memory"
+    if resource is None:
+        return "unknown memory"
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{peak / 1e9:.1f} GB of memory"
 
 
 def write_json(file, content) -> None:
@@ -918,36 +1160,46 @@ def describe_run(run) -> str:
     held, trained = (sum(n for n, grad in values if grad or every) / 1e6 for every in (1, 0))
     unlabelled, partners = (len(folder.unlabelled), cfg.batch) if cfg.unlabeled else (0, 0)
     return (
-        f"data       {cfg.dataset}: {len(folder.labelled)} labelled, {unlabelled} unlabelled, "
+        f"data       {cfg.dataset}: {len(folder.labelled)} labelled{' (drawn)' * folder.drawn}, "
+        f"{unlabelled} unlabelled, "
         f"{len(folder.val)} validation, {len(folder.test)} test; {len(folder.classes)} classes\n"
         f"model      {cfg.clip}, {cfg.decoder} decoder, fine-tuning {cfg.finetune}: {trained:.2f} "
         f"of {held:.2f} M values train\n"
         f"training   {run.steps} steps of {cfg.batch} labelled + {partners} unlabelled images, "
-        f"{cfg.micro_batch} at a time, on {run.device}; seed {cfg.seed}\n"
+        f"as {cfg.batch // cfg.micro_batch} x {cfg.micro_batch}, on {run.device}; seed {cfg.seed}\n"
         f"rates      {cfg.lr:g} (decoder), {cfg.vit_lr:g} (ViT)\n"
         f"writes to  {cfg.out}")
 
 
-def report(run, split: str, table: dict, segment: dict) -> None:
-    """The end of a run: prints and writes the IoU per class [N] of each model, draws a sheet.
+def report(run, models: dict, evaluate, segment) -> None:
+    """The end of a run: IoU per class of each model on the test images (on the validation ones if
+    there are none), printed and written as JSON, and a contact sheet of validation images.
 
-    segment: model's name -> function from a uint8 image [3, H, W] to scores [N, H, W].
+    evaluate, segment: the functions of section 9.
     """
-    classes, val = list(run.folder.classes), run.folder.val
+    cfg, folder, device = run.cfg, run.folder, run.device
+    classes, val = list(folder.classes), folder.val
+    split, entries = ("test", folder.test) if folder.test else ("val", val)
+    table = {name: evaluate(model, folder, entries, cfg, device, split)
+             for name, model in models.items()}
     print(iou_table(f"IoU, {split}", table, classes))
     print(f"validation mIoU {run.last:.1f} at the last step, {run.best:.1f} at best; pictures in "
-          f"{run.cfg.out}/sheet.png")
-    # JSON knows no NaN: a class that does not occur is null.
-    columns = {name: dict(miou=float(iou.nanmean()), iou=[v if v == v else None for v in
-               iou.tolist()]) for name, iou in table.items()}
-    write_json(f"{run.cfg.out}/result.json", dict(
-        val_last=run.last, val_best=run.best, classes=classes, **{split: columns}))
+          f"{cfg.out}/sheet.png")
+    write_json(f"{cfg.out}/result.json", dict(
+        val_last=run.last, val_best=run.best, classes=classes, **{split: as_json(table)}))
     rows = []
     for entry in val[:: math.ceil(len(val) / 6)]:
-        image = run.folder.image(entry)
-        masks = (score(image).argmax(0).cpu() for score in segment.values())
-        rows.append([image, run.folder.mask(entry), *masks])
-    contact_sheet(f"{run.cfg.out}/sheet.png", ["image", "truth", *segment], rows, classes)
+        image = folder.image(entry)
+        masks = (segment(m, image, cfg, device).argmax(0).cpu() for m in models.values())
+        rows.append([image, folder.mask(entry), *masks])
+    contact_sheet(f"{cfg.out}/sheet.png", ["image", "truth", *models], rows, classes)
+
+
+def as_json(table: dict) -> dict:
+    """IoU [N] of each model, as JSON knows no NaN: a class that does not occur is null."""
+    return {name: dict(miou=float(iou.nanmean()), iou=[v if v == v else None
+                                                       for v in iou.tolist()])
+            for name, iou in table.items()}
 
 
 def iou_table(title: str, columns: dict, classes: list[str]) -> str:
@@ -1026,27 +1278,73 @@ def contact_sheet(file, titles: list[str], rows: list, classes: list[str], side:
     sheet.save(file)
 
 
-def save_prediction(out: Path, stem: str, image, mask, classes: list[str]) -> list[str]:
-    """Writes STEM-mask.png and STEM-overlay.png into `out`; returns the names of classes found."""
-    if (out / f"{stem}-mask.png").exists():
-        raise UserError(f"{out}/{stem}-mask.png: exists already; remove it, or give --out")
+def server_files(out: str, folder: Folder):
+    """A function (entry, prediction) that writes OUT/NAME.png as the data set's server wants it.
+
+    Palette PNGs of class numbers, but for Cityscapes of its own numbers (7 is road).
+    """
+    classes, entries = list(folder.classes), folder.val + folder.test + folder.secret
+    table = np.arange(256, dtype=np.uint8)
+    if classes == list(CITYSCAPES):
+        table[:19] = CITYSCAPES_IDS
+    names = {image: f"{Path(image).stem}.png" for image, _ in entries}
+    if len(set(names.values())) < len(names):
+        names = {image: image.replace("/", "_") + ".png" for image in names}
+    out = new_folder(Path(out), "take another name for --save-predictions")
+
+    def write(entry: tuple, prediction: torch.Tensor) -> None:
+        picture = Image.fromarray(table[prediction.numpy()], "P")
+        colours = np.zeros((256, 3), np.uint8)
+        colours[table] = palette(classes)
+        picture.putpalette(colours.flatten().tolist())
+        picture.save(out / names[entry[0]])
+
+    return write
+
+
+def write_tables(checkpoint: str, cfg, tables: dict, classes: list[str]) -> str:
+    """Tables {split: {model: IoU [N]}} beside the checkpoint, as JSON. Returns what to print."""
+    file = Path(cfg.out or Path(checkpoint).parent) / f"{Path(checkpoint).stem}-eval.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file = numbered(file)
+    write_json(file, dict(checkpoint=checkpoint, config=dataclasses.asdict(cfg), classes=classes,
+                          **{split: as_json(table) for split, table in tables.items()}))
+    return f"the same as JSON: {file}"
+
+
+def save_predictions(out: Path, images: list[str], classes: list[str], predict) -> None:
+    """OUT/NAME-mask.png (class numbers) and OUT/NAME-overlay.png of picture files of any size.
+
+    predict: function from a uint8 image [3, H, W] to class numbers [H, W].
+    """
+    if not images:
+        raise UserError("--predict: name the checkpoint, then one picture or more")
+    names = [Path(image).stem for image in images]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--predict: two pictures are called {name}; predict them in turn")
+        if (out / f"{name}-mask.png").exists():
+            raise UserError(f"{out}/{name}-mask.png: exists already; remove it, or give --out")
+    pictures = [read_image(image, upright=True) for image in images]  # all, before any is written
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be made ({error.strerror})") from None
-    colours = colour_mask(mask, classes)
-    colours.save(out / f"{stem}-mask.png")
-    overlay = Image.blend(to_picture(image), colours.convert("RGB"), 0.55)
-    zoom = max(1, round(480 / max(overlay.size)))  # small pictures are enlarged, to be looked at
-    size = (overlay.width * zoom, overlay.height * zoom)
-    overlay = overlay.resize(size, Image.Resampling.NEAREST)
-    found = mask.unique().tolist()
-    key = legend(classes, found, max(overlay.width, 240))
-    sheet = Image.new("RGB", (key.width, overlay.height + key.height), "white")
-    sheet.paste(overlay, (0, 0))
-    sheet.paste(key, (0, overlay.height))
-    sheet.save(out / f"{stem}-overlay.png")
-    return [classes[n] for n in found]
+    for name, image in zip(names, pictures):
+        mask = predict(image)
+        colours = colour_mask(mask, classes)
+        colours.save(out / f"{name}-mask.png")
+        overlay = Image.blend(to_picture(image), colours.convert("RGB"), 0.55)
+        zoom = max(1, round(480 / max(overlay.size)))  # small pictures are enlarged to be looked at
+        size = (overlay.width * zoom, overlay.height * zoom)
+        overlay = overlay.resize(size, Image.Resampling.NEAREST)
+        found = mask.unique().tolist()
+        key = legend(classes, found, max(overlay.width, 240))
+        sheet = Image.new("RGB", (key.width, overlay.height + key.height), "white")
+        sheet.paste(overlay, (0, 0))
+        sheet.paste(key, (0, overlay.height))
+        sheet.save(out / f"{name}-overlay.png")
+        print(f"{out / name}-overlay.png: {', '.join(classes[n] for n in found)}")
 
 
 # ----------------------------------------------------------------------------------------------

@@ -104,21 +104,20 @@ class Config:
     vit_lr: float = setting("training", 1e-6, "learning rate of the ViT, and of conv_skip")
     weight_decay: float = setting("training", 0.01, "AdamW's, on everything that trains")
     evals: int = setting("training", 20, "evaluations during a run", low=1)
+    save_every: int = setting("training", 500, "steps between writings of last.pt", low=1)
     precision: str = setting("training", "auto", "bf16: autocast; auto: bf16 on CUDA only",
                              choices=("auto", "fp32", "bf16"))
 
-    window: str = setting("evaluation", "logits", "average the windows' logits, or their "
-                          "probabilities", choices=("logits", "probabilities"))
+    window: str = setting("evaluation", "logits", "what to average of overlapping windows",
+                          choices=("logits", "probabilities"))
     stride: int = setting("evaluation", 0, "step of the window, pixels; 0: 5/6 of the crop")
 
     out: str = setting("run", "", "folder of the run; '': runs/DATASET-LABELS, numbered")
-    seed: int = setting("run", 0, "of labels drawn, initial weights, order, augmentation",
-                        high=10**9)
+    seed: int = setting("run", 0, "of labels drawn, weights, order, augmentation", high=10**9)
     device: str = setting("run", "auto", "auto, cuda, mps or cpu")
 
 
-# What a data set changes of the defaults, which are VOC's. Folders use the defaults as they are;
-# without --dataset, the toy's preset is taken.
+# What a data set changes of the defaults, which are VOC's (and a FOLDER's). No --dataset: toy.
 PRESETS = {
     "toy": dict(
         dataset="toy", labels=4, crop=64, fit=False, scale_min=0.8, scale_max=1.25, workers=0,
@@ -203,11 +202,8 @@ def describe_classes(clip, classes: dict[str, list[str]], cfg: Config) -> Langua
 # Mean and standard deviation of images. CLIP was trained with its own; the authors feed it images
 # normalised with ImageNet's (`authors_clip`). The ResNet of `conv_skip` wants ImageNet's: images
 # then come with those, and DenseCLIP turns them back into CLIP's.
-CLIP_STATS = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-FROM_IMAGENET_TO_CLIP = (  # again a mean and a deviation
-    [(clip - mean) / std for clip, mean, std in zip(CLIP_STATS[0], *IMAGENET_STATS)],
-    [clip / std for clip, std in zip(CLIP_STATS[1], IMAGENET_STATS[1])])
+
 
 
 def value_path(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -239,14 +235,14 @@ class DenseCLIP(nn.Module):
             image size interpolates from it in each forward.
         authors: exact GELU and LayerNorm eps 1e-6, which the authors' weights were trained with;
             OpenAI's CLIP has QuickGELU and 1e-5.
-        from_imagenet: images come with ImageNet's statistics and are re-normalised to CLIP's.
+        statistics: (mean, std) that images, coming with ImageNet's, are re-normalised to.
     `visual` itself is changed (position embedding, and with `authors` GELU and eps).
 
         vit = open_clip.create_model("ViT-B-16-quickgelu", pretrained="openai").visual
         dense, (shallow, deep) = DenseCLIP(vit)(torch.randn(1, 3, 224, 224))
     """
 
-    def __init__(self, visual, grid=None, authors=False, from_imagenet=False):
+    def __init__(self, visual, grid=None, authors=False, statistics=None):
         super().__init__()
         if not isinstance(visual, open_clip.transformer.VisionTransformer) or visual.attn_pool:
             raise UserError("DenseCLIP needs a plain ViT of open_clip, such as ViT-B-16")
@@ -257,23 +253,25 @@ class DenseCLIP(nn.Module):
         self.width, self.embed_dim = visual.proj.shape
         self.grid = grid or tuple(visual.grid_size)
         position = visual.positional_embedding.detach()
-        visual.positional_embedding = nn.Parameter(
-            resize_position(position, tuple(visual.grid_size), self.grid).clone()
-        )
+        position = resize_position(position, tuple(visual.grid_size), self.grid)
+        visual.positional_embedding = nn.Parameter(position.clone())
         if authors:
             for module in visual.modules():
                 if isinstance(module, nn.LayerNorm):
                     module.eps = 1e-6
                 if hasattr(module, "gelu"):
                     module.gelu = nn.GELU()
-        self.from_imagenet = from_imagenet
+        self.statistics = statistics
 
     def encode(self, images: torch.Tensor, last_attention: bool = False):
         """[B, 3, H, W] -> tokens in the joint space [B, T, E], the same as a map [B, E, h, w], and
-        the skip maps [B, D, h, w]. The last block's attention is skipped unless asked for."""
+        the skip maps [B, D, h, w]. The last block's attention is skipped unless asked for: then
+        the first token is CLIP's embedding of the image, a check that all weights are in place."""
         vit, P = self.visual, self.patch
-        if self.from_imagenet:
-            images = VF.normalize(images, *FROM_IMAGENET_TO_CLIP)
+        if self.statistics:
+            mean, std = IMAGENET_STATS
+            images = VF.normalize(images, [-m / s for m, s in zip(mean, std)], [1 / s for s in std])
+            images = VF.normalize(images, *self.statistics)
         H, W = images.shape[-2:]
         x = vit.conv1(F.pad(images, (0, -W % P, 0, -H % P)))  # [B, D, h, w]
         B, _, h, w = x.shape
@@ -300,12 +298,6 @@ class DenseCLIP(nn.Module):
         skip maps [B, D, h, w], shallow and deep."""
         _, dense, skips = self.encode(images)
         return F.normalize(dense, dim=1), skips
-
-    def image_embedding(self, images: torch.Tensor) -> torch.Tensor:
-        """CLIP's own embedding of the whole image, [B, E], L2-normalised: a check that weights are
-        where they belong. At the size CLIP was trained on it is open_clip's `encode_image`."""
-        x, _, _ = self.encode(images, last_attention=True)
-        return F.normalize(x[:, 1:].mean(1) if self.visual.pool_type == "avg" else x[:, 0], dim=-1)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -532,9 +524,8 @@ class SemiVL(nn.Module):
             (shallow,) = self.conv(images)
         features = [dense, shallow, deep]
         if perturb:
-            features = [
-                torch.cat([f[:-perturb], F.dropout2d(f[-perturb:], 0.5)]) for f in features
-            ]
+            features = [torch.cat([f[:-perturb], F.dropout2d(f[-perturb:], 0.5)])
+                        for f in features]
         dense, *skips = features
         logits = self.decoder(dense, skips, self.text)
         # Logits of the zero-padded frame are squeezed into H x W; the padding is not cut off. The
@@ -612,7 +603,8 @@ def assemble(cfg: Config, visual, text: torch.Tensor, conv_weights: str = "none"
     side = cfg.crop // visual.conv1.kernel_size[0]
     if not side:
         raise UserError(f"--crop {cfg.crop}: smaller than a patch of --clip {cfg.clip}")
-    clip = DenseCLIP(visual, (side, side), cfg.authors_clip, from_imagenet=cfg.conv_skip)
+    own = data_prep.clip_statistics(cfg.clip, cfg.clip_tag) if cfg.conv_skip else None
+    clip = DenseCLIP(visual, (side, side), cfg.authors_clip, own)
     spatial_fine_tuning(clip, cfg.finetune)
     E, D = clip.embed_dim, clip.width
     if cfg.decoder == "vision":
@@ -625,7 +617,8 @@ def assemble(cfg: Config, visual, text: torch.Tensor, conv_weights: str = "none"
 
 def normalize(images: torch.Tensor, cfg: Config) -> torch.Tensor:
     """uint8 [..., 3, H, W] -> float, by the statistics the model was trained with."""
-    mean, std = IMAGENET_STATS if cfg.authors_clip or cfg.conv_skip else CLIP_STATS
+    own = data_prep.clip_statistics(cfg.clip, cfg.clip_tag)
+    mean, std = IMAGENET_STATS if cfg.authors_clip or cfg.conv_skip else own
     # After the copy to the device: bytes are a quarter of the traffic.
     return VF.normalize(images.float() / 255, mean, std)
 
@@ -829,9 +822,8 @@ def semivl_loss(student, x, y, views, cfg: Config, guidance_weight: float) -> di
         return losses | {"total": losses["x"]}
 
     consistency = guidance = 0.0
-    for name, weight, view_logits, (_, targets) in zip(
-        ("s1", "s2", "fp"), (0.25, 0.25, 0.5), logits[1:], views
-    ):
+    names, weights = ("s1", "s2", "fp"), (0.25, 0.25, 0.5)
+    for name, weight, view_logits, (_, targets) in zip(names, weights, logits[1:], views):
         losses[name] = consistency_loss(view_logits, targets, cfg.conf, cfg.weighting)
         losses[f"guide_{name}"] = guidance_loss(view_logits, targets)
         consistency = consistency + weight * losses[name]
@@ -895,12 +887,18 @@ def iou_per_class(matrix: torch.Tensor) -> torch.Tensor:
     return 100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)  # 0 / 0 is NaN
 
 
-def evaluate(model, folder, entries, cfg: Config, device, title="evaluate") -> torch.Tensor:
-    """IoU per class [N], percent, of a model (images -> logits) over images with masks."""
+def evaluate(model, folder, entries, cfg: Config, device, title="evaluate", keep=None):
+    """IoU per class [N], percent, of a model (images -> logits) over images with masks.
+
+    `keep(entry, prediction [H, W])` is called for each image, also for those without a mask.
+    """
     matrix = torch.zeros(len(folder.classes), len(folder.classes), dtype=torch.long)
     for entry in tqdm(entries, desc=title, leave=False, disable=None):
         prediction = segment(model, folder.image(entry), cfg, device).argmax(0).cpu()
-        matrix += confusion_matrix(prediction, folder.mask(entry), len(folder.classes))
+        if keep:
+            keep(entry, prediction)
+        if entry[1]:
+            matrix += confusion_matrix(prediction, folder.mask(entry), len(folder.classes))
     return iou_per_class(matrix)
 
 
@@ -933,16 +931,17 @@ class Training:
         self.cfg, self.folder, self.device = cfg, folder, device
         self.student = student.to(device).train()
         frozen = copy_trained(self.student.clip)  # CLIP as it is before the first step
-        self.frozen_names = FrozenGuidance(
-            frozen, language.names, torch.arange(len(language.names))).to(device)
-        self.guidance = FrozenGuidance(
-            frozen, language.concepts, language.owner, cfg.guidance_conf).to(device)
+        self.frozen_names, self.guidance = (
+            FrozenGuidance(frozen, text, owner, cfg.guidance_conf).to(device) for text, owner in (
+                (language.names, torch.arange(len(language.names))),
+                (language.concepts, language.owner)))
         self.teacher = EMATeacher(self.student, cfg.ema)
         self.optimizer = make_optimizer(self.student, cfg)
         # Without unlabelled images a run is as long as with them, or it could not be compared.
         epoch = len(folder.unlabelled or folder.labelled)
         self.steps = cfg.steps or math.ceil(cfg.epochs * epoch / cfg.batch)
-        self.step, self.last, self.best = 0, -1.0, -1.0
+        self.step, self.evaluated, self.last, self.best = 0, 0, -1.0, -1.0
+        self.accepted = torch.zeros(len(folder.classes), dtype=torch.long, device=device)
 
     def batches(self) -> DataLoader:
         """The batches from the present step to the last."""
@@ -952,13 +951,11 @@ class Training:
         return DataLoader(
             TrainingPictures(folder, folder.labelled, unlabelled, cfg, length), cfg.batch,
             sampler=range(self.step * cfg.batch, length), num_workers=cfg.workers,
-            persistent_workers=cfg.workers > 0, pin_memory=self.device.type == "cuda")
+            pin_memory=self.device.type == "cuda", worker_init_fn=data_prep.quiet_worker)
 
     def train_step(self, batch: dict) -> dict:
-        """One optimiser step on `cfg.batch` labelled and as many unlabelled images.
-
-        Returns scalars for the log. A loss that is not finite ends the run before it does harm.
-        """
+        """One optimiser step on `cfg.batch` labelled and as many unlabelled images -> scalars for
+        the log. A loss that is not finite ends the run before it does harm."""
         cfg, m = self.cfg, self.cfg.micro_batch
         torch.manual_seed(cfg.seed * STREAM + self.step)  # so a resumed run drops the same maps
         chunks = [slice(i, i + m) for i in range(0, cfg.batch, m)]
@@ -983,6 +980,7 @@ class Training:
             kept = (targets.confidence >= cfg.conf) & ~targets.padding
             log["kept"] = float(kept.sum() / pixels)
             log["guided"] = float((targets.guide != IGNORE).sum() / pixels)
+            self.accepted += targets.label[kept].bincount(minlength=len(self.accepted))
 
         # Student: the gradients of equal micro-batches add up to that of their mean.
         for c in chunks:
@@ -1002,39 +1000,48 @@ class Training:
         self.step += 1
         return log
 
-    def miou(self, model: nn.Module, entries: list, title: str) -> float:
-        """mIoU in percent of the teacher or of frozen CLIP."""
-        iou = evaluate(model, self.folder, entries, self.cfg, self.device, title)
-        return float(iou.nanmean())
+    def miou(self, model, entries: list, title: str) -> float:
+        """mIoU in percent of the teacher, the student or frozen CLIP."""
+        return float(evaluate(model, self.folder, entries, self.cfg, self.device, title).nanmean())
 
-    def save(self, file: Path, resumable: bool) -> None:
+    def validate(self) -> dict:
+        """mIoU of teacher and student; and what classes the accepted pseudo-labels had since the
+        last time: where accuracy falls after a peak, one class has often taken over."""
+        last = student = self.miou(self.teacher, self.folder.val, "validation, teacher")
+        if self.cfg.ema:
+            student = self.miou(self.student.eval(), self.folder.val, "validation, student")
+            self.student.train()
+        shares = (self.accepted / self.accepted.sum().clamp(min=1)).tolist()
+        self.accepted.zero_()
+        self.evaluated, self.last, self.best = self.step, last, max(last, self.best)
+        return dict(val_miou=last, student=student, best=self.best,
+                    pseudo_labels=dict(zip(self.folder.classes, shares)))
+
+    def save(self, name: str, resumable: bool) -> None:
         """Writes the teacher, and with `resumable` everything the next step depends on."""
-        content = dict(config=dataclasses.asdict(self.cfg), classes=self.folder.classes,
-                       step=self.step, last=self.last, best=self.best,
-                       model=self.teacher.model.state_dict())
-        if resumable:
-            # The student's frozen tensors are the teacher's; they need not be written twice.
-            frozen = {name for name, p in self.student.named_parameters() if not p.requires_grad}
-            student = {k: v for k, v in self.student.state_dict().items() if k not in frozen}
-            content |= dict(student=student, optimizer=self.optimizer.state_dict(),
-                            labelled=self.folder.labelled)
-        temporary = file.with_suffix(".tmp")
-        torch.save(content, temporary)
-        temporary.replace(file)  # atomic: a kill or a full disk leaves the old file whole
+        content = {k: getattr(self, k) for k in ("step", "evaluated", "last", "best")}
+        content |= dict(config=dataclasses.asdict(self.cfg), classes=self.folder.classes,
+                        model=self.teacher.model.state_dict())
+        if resumable:  # what student and teacher share is written once: torch.save sees to it
+            content |= dict(student=self.student.state_dict(), accepted=self.accepted,
+                            optimizer=self.optimizer.state_dict(), labelled=self.folder.labelled)
+        data_prep.save_whole(content, Path(self.cfg.out) / name)
 
     def restore(self, content: dict) -> None:
         """Goes on from what `save(resumable=True)` wrote."""
         self.teacher.model.load_state_dict(content["model"])
-        self.student.load_state_dict(content["model"] | content["student"])
+        self.student.load_state_dict(content["student"])
         self.optimizer.load_state_dict(content["optimizer"])
-        self.step, self.last, self.best = (content[k] for k in ("step", "last", "best"))
+        self.accepted.copy_(content["accepted"])
+        for name in ("step", "evaluated", "last", "best"):
+            setattr(self, name, content[name])
 
 
 def train(cfg: Config, resume: dict | None = None) -> None:
-    """A whole run: build or resume, check frozen CLIP, train, evaluate, test."""
+    """A whole run: build or resume, check frozen CLIP, train, evaluate, test, draw."""
     folder = data_prep.open_data(cfg, CLASSES)
     folder.choose_labelled(cfg, resume and resume["labelled"])
-    folder.check()
+    folder.check(decode_all=cfg.dataset not in data_prep.PUBLISHED)
     if resume and resume["classes"] != folder.classes:
         raise UserError(f"{folder.path}: the classes are not those that the run started with")
     run = Training(cfg, folder, data_prep.pick_device(cfg.device))
@@ -1043,152 +1050,146 @@ def train(cfg: Config, resume: dict | None = None) -> None:
     else:
         cfg.out = data_prep.new_run(cfg, folder, __file__)
     print(data_prep.describe_run(run), flush=True)
-    if not run.step:  # the sanity check that CLIP's weights and the class names are right
-        few = folder.val[:100]
-        names, definitions = (run.miou(m, few, "frozen CLIP")
-                              for m in (run.frozen_names, run.guidance))
-        print(f"frozen     CLIP has {names:.1f} mIoU by class names, {definitions:.1f} by "
-              f"definitions ({len(few)} validation images)", flush=True)
+    if not run.step:
+        run.save("last.pt", resumable=True)  # a full disk is found now, and not in an hour
+        few = folder.val[:100]  # the sanity check that CLIP's weights and the class names are right
+        a, b = (run.miou(m, few, "frozen CLIP") for m in (run.frozen_names, run.guidance))
+        print(f"frozen     CLIP has {a:.1f} mIoU by class names, {b:.1f} by definitions "
+              f"({len(few)} validation images)", flush=True)
 
-    every, out = max(1, run.steps // cfg.evals), Path(cfg.out)
-    bar = tqdm(run.batches(), "train", run.steps, initial=run.step, disable=None)
-    with data_prep.open_log(out / "log.jsonl", run.step) as log:
-        for batch in bar:
-            line = run.train_step(batch)
-            bar.set_postfix(loss=f"{line['total']:.3f}", kept=f"{line.get('kept', 0):.2f}")
-            line |= dict(step=run.step, lr=[group["lr"] for group in run.optimizer.param_groups])
-            if run.step % every == 0 or run.step == run.steps:
-                run.last = run.miou(run.teacher, folder.val, "validation")
-                if run.last > run.best:
-                    run.best = run.last
-                    run.save(out / "best.pt", resumable=False)
-                run.save(out / "last.pt", resumable=True)
-                tqdm.write(f"step {run.step:<5} loss {line['total']:.3f}  validation mIoU "
-                           f"{run.last:.1f} (best {run.best:.1f})")
-                line |= dict(val_miou=run.last, best=run.best)
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-    finish(run)
-
-
-def finish(run: Training) -> None:
-    """Table per class on the test images (validation ones if there are none), contact sheet."""
-    cfg, folder, device = run.cfg, run.folder, run.device
-    split, entries = ("test", folder.test) if folder.test else ("val", folder.val)
-    models = {"CLIP by names": run.frozen_names, "by definitions": run.guidance,
-              "SemiVL": run.teacher}
-    table = {name: evaluate(m, folder, entries, cfg, device, split) for name, m in models.items()}
-    data_prep.report(run, split, table, {
-        name: lambda image, m=m: segment(m, image, cfg, device) for name, m in models.items()})
+    with data_prep.RunLog(run) as log, data_prep.StopSignals() as stop:
+        try:
+            every, batches = max(1, run.steps // cfg.evals), iter(run.batches())
+            while run.evaluated < run.steps:
+                due = run.step % every == 0 or run.step == run.steps
+                if due and run.evaluated < run.step:
+                    line = run.validate()
+                    with stop.held():  # what stands here is finished before a signal has its way
+                        log.evaluation(line)
+                        if run.last == run.best:
+                            run.save("best.pt", resumable=False)
+                        run.save("last.pt", resumable=True)
+                else:
+                    batch = next(batches)
+                    with stop.held():
+                        log.step(run.train_step(batch))
+                        if run.step % cfg.save_every == 0:
+                            run.save("last.pt", resumable=True)
+        except KeyboardInterrupt:
+            run.save("last.pt", resumable=True)
+            tqdm.write(f"stopped    after step {run.step}; go on by --resume {cfg.out}")
+            raise
+    models = {"CLIP by names": run.frozen_names, "by definitions": run.guidance}
+    data_prep.report(run, models | {"SemiVL": run.teacher}, evaluate, segment)
 
 
 # ----------------------------------------------------------------------------------------------
 # 11. The authors' checkpoints: their names for our tensors
 
 def load_authors_checkpoint(state_dict: dict, text: torch.Tensor, heads: int | None = None):
-    """The authors' weights as a SemiVL model, in eval mode, with the CLIP settings they need.
+    """The authors' weights (the "model" entry of their file) as a SemiVL model in eval mode.
 
-    Args:
-        state_dict: the "model" entry of their file; `clip_encoder.*` (the frozen CLIP) is ignored.
-        text: [N, 512], one embedding a class (section 2), normalised or not.
-        heads: of the ViT; its width / 64 unless given.
+    text: [N, 512], one embedding a class (section 2). heads: of the ViT; its width / 64 by default.
+    KeyError or RuntimeError if tensors are missing, or too many.
 
         file = torch.load("best.pth", map_location="cpu", weights_only=True)
         model = load_authors_checkpoint(file["model"], text)
     """
-    weights = {}
-    for key, tensor in state_dict.items():
-        for theirs, ours in data_prep.AUTHORS_NAMES.items():
-            key = key.replace(theirs, ours)
-        if not key.startswith("clip_encoder."):
-            weights[key] = tensor
-    vit = "clip.visual."
-    try:
-        weights[vit + "class_embedding"] = weights[vit + "class_embedding"].flatten()
-        weights[vit + "positional_embedding"] = weights[vit + "positional_embedding"][0]
-        weights[vit + "proj"] = weights[vit + "proj"].flatten(1).T  # was a 1 x 1 convolution
-        width, _, P, _ = weights[vit + "conv1.weight"].shape
-        side = math.isqrt(len(weights[vit + "positional_embedding"]) - 1) * P
-        visual = open_clip.transformer.VisionTransformer(
-            image_size=side, patch_size=P, width=width, heads=heads or width // 64, mlp_ratio=4.0,
-            layers=sum("mlp.c_fc.weight" in key for key in weights),
-            output_dim=weights[vit + "proj"].shape[1])
-        cfg = Config(crop=side, authors_clip=True, conv_skip="conv.bn1.weight" in weights)
-        model = assemble(cfg, visual, F.normalize(text.float(), dim=1))
-        model.load_state_dict(weights | {"text": model.text})
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"not a SemiVL checkpoint that this program knows: {error}") from None
+    weights = data_prep.rename_authors_tensors(state_dict)
+    visual = data_prep.vit_of_shapes(weights, heads)
+    cfg = Config(crop=visual.image_size[0], authors_clip=True,
+                 conv_skip="conv.bn1.weight" in weights)
+    model = assemble(cfg, visual, F.normalize(text.float(), dim=1))
+    model.load_state_dict(weights | {"text": model.text})
     return model.eval()
 
 
 # ----------------------------------------------------------------------------------------------
 # 12. Command line
 
-def load_checkpoint(file: str) -> tuple[SemiVL, Config, dict]:
-    """A checkpoint of ours -> the EMA teacher in eval mode, its settings, and all it holds."""
+def load_checkpoint(file: str, typed: dict) -> tuple[SemiVL, Config, list[str]]:
+    """A checkpoint -> model in eval mode, settings with those typed, names of the classes. Ours
+    holds the EMA teacher and its settings; the authors' (recognised by its names) tensors only."""
     content = data_prep.load_file(file)
+    free = ["dataset", "root", "stride", "window", "device", "out"]
+    weights = content.get("model", {})
+    if "config" in content and "text" in weights:
+        data_prep.allow_only(typed, file, *free)
+        cfg = data_prep.settings_of(content, Config, file, dict(device="auto", out="") | typed)
+        model = assemble(cfg, data_prep.empty_clip(cfg.clip).visual, weights["text"])
+        data_prep.load_strictly(model, weights, file, "the model that its settings describe")
+        return model.eval(), cfg, list(content["classes"])
+    if not any("decode_head." in name for name in weights):
+        raise UserError(f"{file}: not a checkpoint of this program, nor of the authors'")
+    conv_skip = any("conv_encoder." in name for name in weights)
+    data_prep.allow_only(typed, file, "crop", "clip", "clip_tag", "clip_weights", *free)
+    dataset = typed.get("dataset", "cityscapes" if conv_skip else "")
+    if not dataset:
+        raise UserError(f"{file}: a checkpoint of the authors' code does not tell its data set; "
+                        "add --dataset voc, coco, ade20k or a FOLDER")
+    cfg = Config(**PRESETS.get(dataset, {}) | dict(dataset=dataset) | typed)
+    cfg = dataclasses.replace(cfg, authors_clip=True, conv_skip=conv_skip)
+    classes = CLASSES.get(dataset) or data_prep.open_data(cfg, CLASSES).classes
+    clip = data_prep.load_clip(cfg.clip, cfg.clip_tag, cfg.clip_weights, cfg.root)
+    text = describe_classes(clip, classes, cfg).decoder_text
+    heads = clip.visual.transformer.resblocks[0].attn.num_heads
     try:
-        cfg, weights = Config(**content["config"]), content["model"]
-        visual = data_prep.empty_clip(cfg.clip).visual
-        model = assemble(cfg, visual, torch.zeros_like(weights["text"]))
-        model.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{file}: not a checkpoint of this program ({str(error)[:99]})") from None
-    return model.eval(), cfg, content
+        return load_authors_checkpoint(weights, text, heads), cfg, list(classes)
+    except (KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()[:160]
+        raise UserError(f"{file}: not a whole checkpoint of the authors' ({reason})") from None
 
 
-def evaluate_checkpoint(file: str, typed: dict) -> None:
+def evaluate_checkpoint(file: str, typed: dict, save_predictions: str | None) -> None:
     """`--eval`: the protocol of the checkpoint's data set, on validation and test images."""
-    data_prep.allow_only(typed, "--eval", "dataset", "root", "stride", "window", "device")
-    model, cfg, content = load_checkpoint(file)
-    cfg = dataclasses.replace(cfg, **typed)
+    model, cfg, classes = load_checkpoint(file, typed)
     data_prep.check_settings(cfg)
     device, folder = data_prep.pick_device(cfg.device), data_prep.open_data(cfg, CLASSES)
-    if list(folder.classes) != list(content["classes"]):
+    if list(folder.classes) != classes:
         raise UserError(f"{file}: was trained on other classes than {folder.path} has")
     folder.check()
-    for split, entries in (("val", folder.val), ("test", folder.test)):
-        if entries:
-            iou = evaluate(model.to(device), folder, entries, cfg, device, split)
-            print(data_prep.iou_table(f"IoU, {split}", {"SemiVL": iou}, list(folder.classes)))
+    tables, keep, secret = {}, None, []
+    if save_predictions:
+        keep, secret = data_prep.server_files(save_predictions, folder), folder.secret
+    for split, entries in (("val", folder.val), ("test", folder.test), ("secret", secret)):
+        iou = evaluate(model.to(device), folder, entries, cfg, device, split, keep)
+        if iou.isfinite().any():
+            tables[split] = {"SemiVL": iou}
+            print(data_prep.iou_table(f"IoU, {split}", tables[split], classes))
+    print(data_prep.write_tables(file, cfg, tables, classes))
 
 
 def predict(file: str, images: list[str], typed: dict) -> None:
     """`--predict`: a palette PNG and an overlay of each picture, beside the checkpoint."""
-    data_prep.allow_only(typed, "--predict", "device", "out")
-    if not images:
-        raise UserError("--predict: name the checkpoint, then one picture or more")
-    model, cfg, content = load_checkpoint(file)
-    device = data_prep.pick_device(typed.get("device", "auto"))
-    out = Path(typed.get("out") or Path(file).parent / "predictions")
-    pictures = {Path(name).stem: data_prep.read_image(name) for name in images}
-    if len(pictures) < len(images):
-        raise UserError("--predict: two of the pictures have the same name; predict them in turn")
-    for stem, image in pictures.items():
-        mask = segment(model.to(device), image, cfg, device).argmax(0).cpu()
-        found = data_prep.save_prediction(out, stem, image, mask, list(content["classes"]))
-        print(f"{out / stem}-overlay.png: {', '.join(found)}")
+    model, cfg, classes = load_checkpoint(file, typed)
+    device = data_prep.pick_device(cfg.device)
+    out = cfg.out or Path(file).parent / "predictions"
+    data_prep.save_predictions(Path(out), images, classes, lambda image: segment(
+        model.to(device), image, cfg, device).argmax(0).cpu())
 
 
 def main(argv=None) -> int:
     """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
     try:
         typed, args = data_prep.parse_args(argv, Config, PRESETS)
-        cfg = dataclasses.replace(Config(), **PRESETS.get(typed.get("dataset", "toy"), {}) | typed)
+        cfg = Config(**PRESETS.get(typed.get("dataset", "toy"), {}) | typed)
         if args.eval:
-            evaluate_checkpoint(args.eval, typed)
+            evaluate_checkpoint(args.eval, typed, args.save_predictions)
         elif args.predict:
             predict(args.predict[0], args.predict[1:], typed)
         elif args.resume:
             data_prep.allow_only(typed, "--resume", "device", "workers")
-            content = data_prep.load_file(Path(args.resume) / "last.pt")
-            if not {"config", "student", "optimizer", "labelled"} <= set(content):
-                raise UserError(f"{args.resume}/last.pt: no run can go on from this checkpoint")
-            train(Config(**content["config"] | typed | dict(out=args.resume)), content)
+            file = Path(args.resume) / "last.pt"
+            content = data_prep.load_file(file)
+            cfg = data_prep.settings_of(content, Config, file, typed | dict(out=args.resume))
+            train(cfg, content)
         else:
             data_prep.check_settings(cfg)
             train(cfg)
-    except UserError as error:
+    except KeyboardInterrupt:
+        print("semivl.py: interrupted", file=sys.stderr)
+        return 130
+    except (UserError, OSError) as error:  # a full disk, a folder that may not be written
         # An error in a loader process arrives with that process's traceback in front.
         print(f"semivl.py: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)
         return 2

@@ -250,7 +250,8 @@ def test_every_stage_of_the_forward_pass_equals_the_authors(authors):
     assert_golden("skip_layer0", skip0)
     assert_golden("skip_layer4", skip4)
     assert_golden("dense_embed", dense)
-    assert_golden("global_embed", authors.clip.image_embedding(images))
+    tokens, _, _ = authors.clip.encode(images, last_attention=True)
+    assert_golden("global_embed", F.normalize(tokens[:, 0], dim=1))
     assert_golden("sim", similarity)
     assert_golden("aspp_out", spatial.flatten(0, 1))
     semantic = decoder.semantic_reasoning(spatial, authors.text)
@@ -385,7 +386,8 @@ def test_with_attention_kept_the_dense_path_is_open_clips_image_embedding(pool):
     clip = open_clip.CLIP(64, config, dict(width=32, heads=2, layers=1), quick_gelu=True).eval()
     images = torch.randn(2, 3, 64, 64)
     theirs = clip.encode_image(images, normalize=True)
-    ours = semivl.DenseCLIP(clip.visual).image_embedding(images)
+    tokens, _, _ = semivl.DenseCLIP(clip.visual).encode(images, last_attention=True)
+    ours = F.normalize(tokens[:, 1:].mean(1) if pool == "avg" else tokens[:, 0], dim=1)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
@@ -1102,7 +1104,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path, workers):
         first.train_step(batch)
         if first.step == 2:
             break
-    first.save(tmp_path / "last.pt", resumable=True)
+    first.cfg.out = str(tmp_path)
+    first.save("last.pt", resumable=True)
     second = small_run(folder, workers=workers)
     second.restore(data_prep.load_file(tmp_path / "last.pt"))
     for batch in second.batches():
@@ -1175,12 +1178,16 @@ def test_train_evaluate_predict_and_resume_from_the_command_line(folder, tmp_pat
              "best.pt", "sheet.png", "result.json"}
     assert names <= {file.name for file in out.iterdir()}
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == [1, 2] and "val_miou" in log[-1]
+    assert [line["step"] for line in log] == [1, 2, 2]
+    assert {"x", "s1", "guide_fp", "kept", "lr", "images_per_second", "val_miou", "student", "best",
+            "pseudo_labels"} <= set(log[-1])
     shown = capsys.readouterr().out
     assert "by definitions" in shown and "mIoU" in shown
     assert semivl.main(["--eval", str(out / "last.pt")]) == 0
     value = json.loads((out / "result.json").read_text())["val_last"]
-    assert f"{value:.1f}" in capsys.readouterr().out.splitlines()[-1]
+    assert f"{value:.1f}" in capsys.readouterr().out.splitlines()[-2]
+    written = json.loads((out / "last-eval.json").read_text())
+    assert written["val"]["SemiVL"]["miou"] == pytest.approx(value)
     picture = str(folder / "images/0.png")
     assert semivl.main(["--predict", str(out / "best.pt"), picture]) == 0
     assert semivl.main(["--predict", str(out / "best.pt"), picture]) == 2  # nothing is overwritten
@@ -1202,6 +1209,13 @@ def test_help_shows_every_setting(capsys):
 class Malicious:
     def __reduce__(self):
         return print, ("this must never run",)
+
+
+def save_checkpoint(folder: Path) -> dict:
+    run = small_run(folder)
+    run.cfg.out = str(folder)
+    run.save("last.pt", resumable=True)
+    return data_prep.load_file(folder / "last.pt")
 
 
 def spoil(folder: Path, what: str) -> str:
@@ -1271,13 +1285,84 @@ def spoil(folder: Path, what: str) -> str:
         torch.save({"a": torch.zeros(1)}, folder / "x.pt")
         command = f"--eval {folder}/x.pt"
     elif what == "an option that evaluation would ignore":
-        command = "--eval nowhere.pt --lr 1"
+        save_checkpoint(folder)
+        command = f"--eval {folder}/last.pt --lr 1"
     elif what == "nothing to predict":
-        command = "--predict nowhere.pt"
+        save_checkpoint(folder)
+        command = f"--predict {folder}/last.pt"
     elif what == "a crop below the patch":
         command = command.replace("--crop 32", "--crop 7")
     elif what == "resume nothing":
         command = f"--resume {folder}"
+    elif what == "resume a checkpoint of something else":
+        torch.save({"a": torch.zeros(1)}, folder / "last.pt")
+        command = f"--resume {folder}"
+    elif what == "bytes that are no picture":
+        (folder / "images/4.png").write_bytes(b"no picture at all")
+    elif what == "truncated mask":
+        data = (folder / "masks/4.png").read_bytes()
+        (folder / "masks/4.png").write_bytes(data[:len(data) // 2])
+    elif what == "broken picture among the unlabelled":
+        (folder / "images/0.png").write_bytes((folder / "images/0.png").read_bytes()[:900])
+    elif what == "a list that is no text":
+        (folder / "splits/train.txt").write_bytes(b"\xff\xfe\x00")
+    elif what == "a labelled list of another count":
+        (folder / "splits/2").mkdir()
+        (folder / "splits/2/labeled.txt").write_text("images/0.png masks/0.png")
+    elif what == "class names that are no list":
+        (folder / "dataset.json").write_text('{"classes": "sky"}')
+    elif what == "more classes than a byte holds":
+        (folder / "dataset.json").write_text(json.dumps({"classes": [str(i) for i in range(256)]}))
+    elif what == "no labels":
+        command = command.replace("--labels 2", "--labels 0")
+    elif what == "output below a file":
+        command += f" --out {folder}/dataset.json/run"
+    elif what == "output folder taken":
+        command += f" --out {folder}"
+    elif what == "truncated safetensors":
+        (folder / "x.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+        command = command.replace("--clip-weights none", f"--clip-weights {folder}/x.safetensors")
+    elif what == "weights in a folder":
+        command = command.replace("--clip-weights none", f"--clip-weights {folder}")
+    elif what == "QuickGELU weights for a GELU model":
+        command = command.replace("--clip toy --clip-weights none", "--clip ViT-B-16")
+    elif what == "unknown tag":
+        command = command.replace("--clip toy --clip-weights none", "--clip-tag nobody")
+    elif what == "truncated checkpoint":
+        save_checkpoint(folder)
+        (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:9999])
+        command = f"--eval {folder}/last.pt"
+    elif what == "checkpoint of other classes":
+        save_checkpoint(folder)
+        (folder / "dataset.json").write_text('{"classes": ["a", "b", "c"]}')
+        command = f"--eval {folder}/last.pt"
+    elif what == "checkpoint with a tensor missing":
+        content = save_checkpoint(folder)
+        content["model"].pop("decoder.lift.weight")
+        torch.save(content, folder / "last.pt")
+        command = f"--eval {folder}/last.pt"
+    elif what == "malicious checkpoint":
+        torch.save({"model": Malicious()}, folder / "x.pt")
+        command = f"--eval {folder}/x.pt"
+    elif what == "authors' checkpoint without its data set":
+        torch.save({"model": {"module.decode_head.conv1.weight": torch.zeros(1)}}, folder / "x.pt")
+        command = f"--eval {folder}/x.pt"
+    elif what == "authors' checkpoint with tensors missing":
+        torch.save({"model": {"module.decode_head.conv1.weight": torch.zeros(1)}}, folder / "x.pt")
+        command = f"--eval {folder}/x.pt --dataset {folder} --clip toy --clip-weights none"
+    elif what == "predictions without evaluation":
+        command += " --save-predictions there"
+    elif what == "predictions into a folder that is taken":
+        save_checkpoint(folder)
+        command = f"--eval {folder}/last.pt --save-predictions {folder}"
+    elif what == "two actions at once":
+        command = "--eval a.pt --resume b"
+    elif what == "a picture to predict that is none":
+        save_checkpoint(folder)
+        command = f"--predict {folder}/last.pt {folder}/dataset.json"
+    elif what == "two pictures of the same name":
+        save_checkpoint(folder)
+        command = f"--predict {folder}/last.pt {folder}/images/0.png {folder}/masks/0.png"
     return command
 
 
@@ -1286,14 +1371,29 @@ MISTAKES = [part.split('"')[0] for part in Path(__file__).read_text().split('wha
 
 @pytest.mark.parametrize("what", MISTAKES)
 def test_a_mistake_ends_with_one_line_and_exit_code_2(what, folder, capsys, monkeypatch, tmp_path):
+    def contents():
+        return {str(p): p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data_prep, "LIST_HOSTS", ("http://127.0.0.1:9/",))  # nobody listens there
     command = spoil(folder, what)
-    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    before = contents()
     assert semivl.main(command.split()) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("semivl.py: ") and len(captured.err.splitlines()) == 1
     assert "Traceback" not in captured.err and "must never run" not in captured.out
-    assert sorted(str(p) for p in tmp_path.rglob("*")) == before  # nothing was left behind
+    assert contents() == before  # nothing was left behind, nothing overwritten
+
+
+def test_twenty_problems_of_a_folder_are_listed_at_once_with_their_remedy(folder, capsys):
+    lines = [f"images/{i}.png masks/{i}.png" for i in range(100, 130)]
+    (folder / "splits/val.txt").write_text("\n".join(lines + ["images/0.png masks/5.png"]))
+    Image.new("L", (9, 9)).save(folder / "masks/5.png")
+    Image.new("L", (64, 64), 77).save(folder / "masks/100.png")
+    assert semivl.main(f"--dataset {folder} --labels 2 {TINY}".split()) == 2
+    shown = capsys.readouterr().err.splitlines()
+    assert len(shown) == 21 and shown[-1] == "... and 11 more"
+    assert "masks/100.png: holds the value 77" in shown[0] and "correct the mask" in shown[0]
 
 
 def test_the_program_runs_as_a_script():
