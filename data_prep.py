@@ -1057,6 +1057,11 @@ class StopSignals:
             raise KeyboardInterrupt
 
 
+def loaders(asked: int) -> int:
+    """How many loader processes to start: what is asked for, but not more than there are cores."""
+    return min(asked, os.cpu_count() or 1)
+
+
 def quiet_worker(_) -> None:
     """A loader process leaves signals to the process that trains, and goes when that goes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1071,6 +1076,7 @@ class RunLog:
 
     def __init__(self, run):
         self.run, self.seconds, self.timed = run, 0.0, 0
+        self.said = min(5, run.steps - run.step - 1)  # after so many timed steps, the pace is told
         self.restart()
 
     def restart(self) -> None:
@@ -1107,9 +1113,10 @@ class RunLog:
         self.write(line)
         self.bar.update()
         self.bar.set_postfix(loss=f"{line['total']:.3f}", kept=f"{line.get('kept', 0):.2f}")
-        if before and self.timed == 1:
-            left = self.seconds * (self.run.steps - self.run.step)
-            tqdm.write(f"pace       {self.seconds:.3g} s a step, {self.speed():.3g} images/s: "
+        if before and self.timed == self.said:
+            pace = self.seconds / self.timed
+            left = pace * (self.run.steps - self.run.step)
+            tqdm.write(f"pace       {pace:.3g} s a step, {self.speed():.3g} images/s: "
                        f"{duration(left)} to go, evaluations aside; "
                        f"{peak_memory(self.run.device)} so far")
 

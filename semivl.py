@@ -950,8 +950,8 @@ class Training:
         length = self.steps * cfg.batch
         return DataLoader(
             TrainingPictures(folder, folder.labelled, unlabelled, cfg, length), cfg.batch,
-            sampler=range(self.step * cfg.batch, length), num_workers=cfg.workers,
-            pin_memory=self.device.type == "cuda", worker_init_fn=data_prep.quiet_worker)
+            sampler=range(self.step * cfg.batch, length), worker_init_fn=data_prep.quiet_worker,
+            num_workers=data_prep.loaders(cfg.workers), pin_memory=self.device.type == "cuda")
 
     def train_step(self, batch: dict) -> dict:
         """One optimiser step on `cfg.batch` labelled and as many unlabelled images -> scalars for

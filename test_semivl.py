@@ -26,6 +26,7 @@ from types import SimpleNamespace
 import numpy as np
 import open_clip
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -1034,6 +1035,147 @@ def test_evaluation_fits_the_short_side_to_the_window():
 
 
 # ----------------------------------------------------------------------------------------------
+# The authors' checkpoint files
+# ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_clip(tmp_path):
+    """The name of a CLIP of the golden ViT's size, as --clip takes it."""
+    text = dict(context_length=16, vocab_size=49408, width=64, heads=2, layers=1)
+    vision = dict(image_size=128, patch_size=16, width=64, layers=12, head_width=32)
+    (tmp_path / "small-golden.json").write_text(json.dumps(
+        dict(embed_dim=512, vision_cfg=vision, text_cfg=text, quick_gelu=True)))
+    open_clip.add_model_config(tmp_path / "small-golden.json")
+    return "small-golden"
+
+
+@pytest.mark.parametrize("variant", ["voc", "cityscapes"])
+def test_eval_takes_a_checkpoint_file_of_the_authors(
+        variant, small_clip, folder, tmp_path, monkeypatch, capsys):
+    content = json.loads((folder / "dataset.json").read_text())
+    names = content["classes"][:5]
+    (folder / "dataset.json").write_text(json.dumps({"classes": names}))
+    for i in range(6):
+        mask = np.array(Image.open(folder / f"masks/{i}.png"))
+        Image.fromarray(np.where(mask > 4, IGNORE, mask)).save(folder / f"masks/{i}.png")
+    state = authors_state(variant == "cityscapes")
+    state |= {f"clip_encoder.{k.removeprefix('backbone.')}": v for k, v in state.items()
+              if k.startswith("backbone.")}
+    torch.save({"model": {f"module.{k}": v for k, v in state.items()}, "optimizer": {"state": {}},
+                "epoch": 79, "previous_best": np.float64(84.0)}, tmp_path / "best.pth")
+    text = semivl.Language(unit_rows(b"text", 5), None, None, None)
+    monkeypatch.setattr(semivl, "describe_classes", lambda *_: text)
+    models, evaluate = [], semivl.evaluate
+    monkeypatch.setattr(semivl, "evaluate", lambda model, *rest: (
+        models.append((model, rest[2])), evaluate(model, *rest))[1])
+    command = (f"--eval {tmp_path}/best.pth --dataset {folder} --crop 128 --clip {small_clip} "
+               f"--clip-weights none --save-predictions {tmp_path}/png")
+    assert semivl.main(command.split()) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in names) and "best-eval.json" in shown
+    model, cfg = models[0]
+    assert cfg.authors_clip and cfg.conv_skip == (variant == "cityscapes")
+    images = random_normal(7, (2, 3, 128, 128))
+    with torch.no_grad():
+        assert_golden("logits" if variant == "voc" else "cityscapes logits", model(images))
+    written = json.loads((tmp_path / "best-eval.json").read_text())
+    assert written["classes"] == names and len(written["val"]["SemiVL"]["iou"]) == 5
+    assert sorted(p.name for p in (tmp_path / "png").iterdir()) == ["4.png", "5.png"]
+    assert Image.open(tmp_path / "png/4.png").mode == "P"
+
+
+def test_the_authors_cityscapes_checkpoint_brings_its_protocol(small_clip, tmp_path):
+    torch.save({"model": authors_state(cityscapes=True)}, tmp_path / "city.pth")
+    model, cfg, classes = semivl.load_checkpoint(
+        tmp_path / "city.pth", dict(clip=small_clip, clip_weights="none"))
+    assert (cfg.dataset, cfg.window, cfg.crop, cfg.stride) == ("cityscapes", "probabilities", 801, 534)
+    assert model.text.shape == (19, 512) and classes[0] == "road" and model.conv is not None
+
+
+def test_predictions_for_the_cityscapes_server_have_its_numbers(tmp_path):
+    folder = SimpleNamespace(classes=data_prep.PUBLISHED_CLASSES["cityscapes"], val=[], test=[],
+                             secret=[("leftImg8bit/test/rom/rom_000006_000019_leftImg8bit.png", None)])
+    write = data_prep.server_files(tmp_path / "out", folder)
+    write(folder.secret[0], torch.arange(19).reshape(1, 19))
+    with Image.open(tmp_path / "out/rom_000006_000019_leftImg8bit.png") as picture:
+        assert picture.mode == "P"
+        assert np.array(picture).tolist() == [list(data_prep.CITYSCAPES_IDS)]
+        road = picture.convert("RGB").getpixel((0, 0))
+    assert road == tuple(data_prep.palette(list(folder.classes))[0])
+
+
+# ----------------------------------------------------------------------------------------------
+# CLIP weights
+# ----------------------------------------------------------------------------------------------
+
+
+def scripted(state: dict):
+    """A TorchScript module that holds these tensors, as OpenAI's .pt does."""
+    root = torch.nn.Module()
+    for name, tensor in state.items():
+        module, (*path, leaf) = root, name.split(".")
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, torch.nn.Module())
+            module = getattr(module, part)
+        module.register_buffer(leaf, tensor)
+    return torch.jit.script(root)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("kind", ["openai.pt", "open_clip.safetensors", "open_clip.bin", "plain.pt"])
+def test_clip_weights_of_every_kind_are_loaded(kind, small_clip, tmp_path):
+    torch.manual_seed(1)
+    clip = data_prep.empty_clip(small_clip)
+    state, file = clip.state_dict(), tmp_path / kind
+    if kind == "openai.pt":  # half precision, and three numbers among the weights
+        state = {k: v.half().float() for k, v in state.items()}
+        extra = {k: torch.tensor(224) for k in ("input_resolution", "context_length", "vocab_size")}
+        torch.jit.save(scripted({k: v.half() for k, v in state.items()} | extra), file)
+    elif kind.endswith("safetensors"):
+        safetensors.torch.save_file(state, file)
+    elif kind.endswith("bin"):
+        torch.save({"epoch": 1, "state_dict": {f"module.{k}": v for k, v in state.items()}}, file)
+    else:
+        torch.save(state, file)
+    loaded = data_prep.load_clip(small_clip, "openai", str(file), tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+    state.pop("visual.proj")
+    torch.save(state, tmp_path / "short.pt")
+    with pytest.raises(semivl.UserError, match="visual.proj"):
+        data_prep.load_clip(small_clip, "openai", str(tmp_path / "short.pt"), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_openais_weights_are_refused_by_a_model_of_another_gelu(tmp_path):
+    torch.jit.save(scripted(data_prep.empty_clip("toy").state_dict()), tmp_path / "openai.pt")
+    with pytest.raises(semivl.UserError, match="trained with QuickGELU; take --clip toy-quickgelu"):
+        data_prep.load_clip("toy", "openai", str(tmp_path / "openai.pt"), tmp_path)
+
+
+@pytest.mark.parametrize("patch, layers, blocks", [(32, 12, (0, 4)), (14, 24, (0, 8))])
+@torch.no_grad()
+def test_any_plain_vit_fits(patch, layers, blocks):
+    clip = open_clip.CLIP(64, dict(image_size=224, patch_size=patch, width=64, layers=layers),
+                          dict(width=32, heads=2, layers=1, context_length=16))
+    model = semivl.assemble(Config(crop=128), clip.visual, torch.randn(3, 64))
+    assert model.clip.skip_blocks == blocks
+    assert model(torch.randn(1, 3, 128, 128)).shape == (1, 3, 128, 128)
+
+
+def test_images_are_normalised_as_the_weights_were_trained():
+    image = torch.full((3, 1, 1), 255, dtype=torch.uint8)
+    half = Config(clip="ViT-L-14", clip_tag="laion2b_s32b_b82k")  # trained with mean and std 0.5
+    torch.testing.assert_close(semivl.normalize(image, half), torch.ones(3, 1, 1))
+    mean, std = map(torch.tensor, (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    torch.testing.assert_close(semivl.normalize(image, Config()).flatten(), (1 - mean) / std)
+    mean, std = map(torch.tensor, semivl.IMAGENET_STATS)
+    torch.testing.assert_close(
+        semivl.normalize(image, Config(conv_skip=True)).flatten(), (1 - mean) / std)
+
+
+# ----------------------------------------------------------------------------------------------
 # Training
 # ----------------------------------------------------------------------------------------------
 
@@ -1400,3 +1542,98 @@ def test_the_program_runs_as_a_script():
     script = Path(semivl.__file__)
     done = subprocess.run([sys.executable, script, "--dataset", "nowhere"], capture_output=True)
     assert done.returncode == 2 and done.stderr.startswith(b"semivl.py: nowhere/dataset.json")
+
+
+# ----------------------------------------------------------------------------------------------
+# Runs that survive
+# ----------------------------------------------------------------------------------------------
+
+
+def digest_of(run: Path) -> str:
+    """SHA-256 over all tensors of a run's last checkpoint: teacher, student, optimiser."""
+    content, hasher = data_prep.load_file(run / "last.pt"), hashlib.sha256()
+    moments = content["optimizer"]["state"]
+    for tensor in [*content["model"].values(), *content["student"].values(),
+                   *(t for i in sorted(moments) for t in moments[i].values())]:
+        hasher.update(tensor.numpy().tobytes())
+    return f"{content['step']} {hasher.hexdigest()}"
+
+
+def long_run(folder, out, workers=0):
+    tiny = TINY.replace("--workers 0", f"--workers {workers}")
+    return (f"--dataset {folder} --labels 2 --steps 12 --evals 3 --save-every 3 --stride 32 "
+            f"--out {out} {tiny}").split()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_goes_on_to_the_same_weights(workers, folder, tmp_path):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen([sys.executable, semivl.__file__, *long_run(folder, killed, workers)],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = killed / "log.jsonl"
+    while process.poll() is None and not (log.exists() and '"step": 5' in log.read_text()):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    with open(log, "a") as out:
+        out.write('{"step": 6, "lo')  # half a line, as a kill may leave it
+    assert data_prep.load_file(killed / "last.pt")["step"] in (3, 4, 6, 8)
+    assert semivl.main(["--resume", str(killed)]) == 0
+    assert semivl.main(long_run(folder, whole)) == 0
+    assert digest_of(killed) == digest_of(whole)
+    steps = [[json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+             for run in (killed, whole)]
+    assert steps[0] == steps[1] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 12]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["step", "evaluation"])
+def test_a_signal_ends_a_run_after_saving(where, number, folder, tmp_path, monkeypatch, capsys):
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    train_step, miou = semivl.Training.train_step, semivl.Training.miou
+
+    def signalled_step(run, batch):
+        if where == "step" and run.step == 4:
+            signal.raise_signal(number)  # in the middle of the step: it will be finished
+        return train_step(run, batch)
+
+    def signalled_miou(run, model, entries, title):
+        if where == "evaluation" and run.step == 8:
+            signal.raise_signal(number)
+        return miou(run, model, entries, title)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(semivl.Training, "train_step", signalled_step)
+        patch.setattr(semivl.Training, "miou", signalled_miou)
+        assert semivl.main(long_run(folder, stopped)) == 130
+    assert signal.getsignal(number) is before
+    captured = capsys.readouterr()
+    assert f"go on by --resume {stopped}" in captured.out and "Traceback" not in captured.err
+    assert data_prep.load_file(stopped / "last.pt")["step"] == (5 if where == "step" else 8)
+    assert semivl.main(["--resume", str(stopped)]) == 0
+    assert semivl.main(long_run(folder, whole)) == 0
+    assert digest_of(stopped) == digest_of(whole)
+    results = [json.loads((run / "result.json").read_text()) for run in (stopped, whole)]
+    assert results[0] == results[1]
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(folder, tmp_path, capsys):
+    resource = pytest.importorskip("resource")
+    out = tmp_path / "run"
+    assert semivl.main([*long_run(folder, out), "--steps", "3"]) == 0
+    saved = (out / "last.pt").read_bytes()
+    content = data_prep.load_file(out / "last.pt")
+    content["config"]["steps"] = 12
+    torch.save(content, out / "last.pt")
+    saved = (out / "last.pt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(saved) // 2, hard))  # as if the disk was full
+    try:
+        assert semivl.main(["--resume", str(out)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    shown = capsys.readouterr().err.splitlines()
+    assert len([line for line in shown if line.startswith("semivl.py: ")]) == 1
+    assert "cannot be written" in shown[-1] and "Traceback" not in "".join(shown)
+    assert (out / "last.pt").read_bytes() == saved and not list(out.glob("*.tmp"))
