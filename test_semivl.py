@@ -1089,15 +1089,16 @@ def test_the_authors_cityscapes_checkpoint_brings_its_protocol(small_clip, tmp_p
     torch.save({"model": authors_state(cityscapes=True)}, tmp_path / "city.pth")
     model, cfg, classes = semivl.load_checkpoint(
         tmp_path / "city.pth", dict(clip=small_clip, clip_weights="none"))
-    assert (cfg.dataset, cfg.window, cfg.crop, cfg.stride) == ("cityscapes", "probabilities", 801, 534)
+    assert (cfg.dataset, cfg.window, cfg.crop) == ("cityscapes", "probabilities", 801)
     assert model.text.shape == (19, 512) and classes[0] == "road" and model.conv is not None
 
 
 def test_predictions_for_the_cityscapes_server_have_its_numbers(tmp_path):
+    entry = ("leftImg8bit/test/rom/rom_000006_000019_leftImg8bit.png", None)
     folder = SimpleNamespace(classes=data_prep.PUBLISHED_CLASSES["cityscapes"], val=[], test=[],
-                             secret=[("leftImg8bit/test/rom/rom_000006_000019_leftImg8bit.png", None)])
+                             secret=[entry])
     write = data_prep.server_files(tmp_path / "out", folder)
-    write(folder.secret[0], torch.arange(19).reshape(1, 19))
+    write(entry, torch.arange(19).reshape(1, 19))
     with Image.open(tmp_path / "out/rom_000006_000019_leftImg8bit.png") as picture:
         assert picture.mode == "P"
         assert np.array(picture).tolist() == [list(data_prep.CITYSCAPES_IDS)]
@@ -1124,7 +1125,7 @@ def scripted(state: dict):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
-@pytest.mark.parametrize("kind", ["openai.pt", "open_clip.safetensors", "open_clip.bin", "plain.pt"])
+@pytest.mark.parametrize("kind", ["openai.pt", "laion.safetensors", "laion.bin", "plain.pt"])
 def test_clip_weights_of_every_kind_are_loaded(kind, small_clip, tmp_path):
     torch.manual_seed(1)
     clip = data_prep.empty_clip(small_clip)
@@ -1565,11 +1566,19 @@ def long_run(folder, out, workers=0):
             f"--out {out} {tiny}").split()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted, beside its folder of pictures."""
+    path = tmp_path_factory.mktemp("whole")
+    assert semivl.main(long_run(make_folder(path / "pictures"), path / "run")) == 0
+    return path / "run"
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_run_goes_on_to_the_same_weights(workers, folder, tmp_path):
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = subprocess.Popen([sys.executable, semivl.__file__, *long_run(folder, killed, workers)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def test_a_killed_run_goes_on_to_the_same_weights(workers, whole, tmp_path):
+    folder, killed = whole.parent / "pictures", tmp_path / "killed"
+    command = [sys.executable, semivl.__file__, *long_run(folder, killed, workers)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = killed / "log.jsonl"
     while process.poll() is None and not (log.exists() and '"step": 5' in log.read_text()):
         time.sleep(0.005)
@@ -1579,7 +1588,6 @@ def test_a_killed_run_goes_on_to_the_same_weights(workers, folder, tmp_path):
         out.write('{"step": 6, "lo')  # half a line, as a kill may leave it
     assert data_prep.load_file(killed / "last.pt")["step"] in (3, 4, 6, 8)
     assert semivl.main(["--resume", str(killed)]) == 0
-    assert semivl.main(long_run(folder, whole)) == 0
     assert digest_of(killed) == digest_of(whole)
     steps = [[json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
              for run in (killed, whole)]
@@ -1588,8 +1596,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(workers, folder, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("where", ["step", "evaluation"])
-def test_a_signal_ends_a_run_after_saving(where, number, folder, tmp_path, monkeypatch, capsys):
-    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+def test_a_signal_ends_a_run_after_saving(where, number, whole, tmp_path, monkeypatch, capsys):
+    stopped = tmp_path / "stopped"
     train_step, miou = semivl.Training.train_step, semivl.Training.miou
 
     def signalled_step(run, batch):
@@ -1606,13 +1614,12 @@ def test_a_signal_ends_a_run_after_saving(where, number, folder, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(semivl.Training, "train_step", signalled_step)
         patch.setattr(semivl.Training, "miou", signalled_miou)
-        assert semivl.main(long_run(folder, stopped)) == 130
+        assert semivl.main(long_run(whole.parent / "pictures", stopped)) == 130
     assert signal.getsignal(number) is before
     captured = capsys.readouterr()
     assert f"go on by --resume {stopped}" in captured.out and "Traceback" not in captured.err
     assert data_prep.load_file(stopped / "last.pt")["step"] == (5 if where == "step" else 8)
     assert semivl.main(["--resume", str(stopped)]) == 0
-    assert semivl.main(long_run(folder, whole)) == 0
     assert digest_of(stopped) == digest_of(whole)
     results = [json.loads((run / "result.json").read_text()) for run in (stopped, whole)]
     assert results[0] == results[1]
