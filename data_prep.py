@@ -608,6 +608,8 @@ def prepare(name: str, root="data", source: str | None = None) -> Path:
         return target
     if name == "cityscapes" and not source:
         raise UserError(CITYSCAPES_LOGIN.format(root))
+    if source and "://" not in source and not Path(source).is_dir():
+        raise UserError(f"--source {source}: neither a folder nor a URL")
     with building(target) as folder:
         if folder is None:
             return target
