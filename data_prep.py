@@ -30,10 +30,13 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import sys
 import tarfile
+import tempfile
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 import warnings
@@ -919,6 +922,8 @@ def parse_args(argv, config, presets: dict) -> tuple[dict, argparse.Namespace]:
     group.add_argument("--eval", metavar="CKPT", help="table of IoU per class of a checkpoint")
     group.add_argument("--predict", nargs="+", metavar=("CKPT", "IMAGE"),
                        help="palette PNG and overlay of each image, of any size")
+    group.add_argument("--benchmark", action="store_true",
+                       help="seconds and memory of a step on random images; needs no data")
     group.add_argument("--save-predictions", metavar="DIR",
                        help="with --eval: a PNG of each image, as the data set's server wants it")
     group.add_argument("--resume", metavar="RUN", help="go on with a run that was interrupted")
@@ -1354,6 +1359,128 @@ def save_predictions(out: Path, images: list[str], classes: list[str], predict) 
         sheet.paste(key, (0, overlay.height))
         sheet.save(out / f"{name}-overlay.png")
         print(f"{out / name}-overlay.png: {', '.join(classes[n] for n in found)}")
+
+
+# ----------------------------------------------------------------------------------------------
+# Benchmark: the true model on random images; needs no data and no weights
+# ----------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Seconds spent in the phases of a training step, by hooks: the step itself is left as it is."""
+
+    def __init__(self, run):
+        self.device, self.seconds, self.began = run.device, {}, {}
+        for name, module in (("teacher", run.teacher.model), ("guidance", run.guidance),
+                             ("student forward", run.student)):
+            module.register_forward_pre_hook(lambda *_, name=name: self.start(name))
+            module.register_forward_hook(lambda *_, name=name: self.stop(name))
+        run.optimizer.register_step_pre_hook(lambda *_: self.start("optimiser"))
+        run.optimizer.register_step_post_hook(lambda *_: self.stop("optimiser"))
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # kernels run behind the program's back
+        return time.perf_counter()
+
+    def start(self, name: str) -> None:
+        self.began[name] = self.now()
+
+    def stop(self, name: str) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - self.began[name]
+
+    @contextlib.contextmanager
+    def backward(self):
+        """Within this block, backward passes are timed too."""
+        original = torch.Tensor.backward
+
+        def timed(*args, **kwargs):
+            self.start("backward")
+            original(*args, **kwargs)
+            self.stop("backward")
+
+        torch.Tensor.backward = timed
+        try:
+            yield
+        finally:
+            torch.Tensor.backward = original
+
+
+def random_batch(cfg) -> dict:
+    """What the loader would give, as noise."""
+    B, side = cfg.batch, cfg.crop
+    images = {name: torch.randint(256, (B, 3, side, side), dtype=torch.uint8)
+              for name in ("x", "w", "s1", "s2")}
+    box = torch.tensor([[side // 4, side // 4, side // 2, side // 2]] * B)
+    return images | dict(y=torch.zeros(B, side, side, dtype=torch.uint8), box1=box, box2=box,
+                         padding=torch.zeros(B, side, side, dtype=torch.bool), files=["noise"] * B)
+
+
+def benchmark(cfg, classes: dict, training, pictures, segment, steps: int = 3) -> dict:
+    """Times steps, an evaluation window and the loader. training, pictures, segment: of semivl."""
+    entry = ("a.jpg", "a.png")
+    folder = types.SimpleNamespace(classes=classes, labelled=[entry], unlabelled=[entry])
+    cfg = dataclasses.replace(cfg, clip_weights="none", conv_weights="none", steps=1000)
+    run = training(cfg, folder, pick_device(cfg.device))
+    batch, totals, phases = random_batch(cfg), [], []
+    run.train_step(batch)  # warms up
+    watch = Stopwatch(run)
+    with watch.backward():
+        for _ in range(steps):
+            watch.seconds = {}
+            begin = watch.now()
+            run.train_step(batch)
+            totals.append(watch.now() - begin)
+            phases.append(watch.seconds)
+    trained = sum(p.numel() for p in run.student.parameters() if p.requires_grad)
+    held = {id(p): p.numel() for module in (run.student, run.teacher.model, run.guidance)
+            for p in module.parameters()}
+    memory = peak_memory(run.device)
+    window = dataclasses.replace(cfg, fit=False)
+    image = batch["x"][0]
+    segment(run.teacher, image, window, run.device)
+    begin = watch.now()
+    segment(run.teacher, image, window, run.device)
+    evaluation = watch.now() - begin
+    median = {name: statistics.median(p[name] for p in phases) for name in phases[0]}
+    median["losses, CutMix, rest"] = statistics.median(totals) - sum(median.values())
+    bf16 = autocast(cfg, run.device)._enabled
+    return dict(
+        device=str(run.device), dtype="bfloat16 autocast" if bf16 else "float32",
+        threads=torch.get_num_threads(), torch=torch.__version__, classes=len(classes),
+        crop=cfg.crop, images_per_step=f"{cfg.batch} labelled + {cfg.batch} unlabelled",
+        accumulation=f"{cfg.batch // cfg.micro_batch} x {cfg.micro_batch}",
+        seconds_per_step=dict(min=min(totals), median=statistics.median(totals), max=max(totals)),
+        seconds_per_phase=median, images_per_second=2 * cfg.batch / statistics.median(totals),
+        peak_memory=memory, parameters_trained=trained, parameters_held=sum(held.values()),
+        seconds_per_evaluation_window=evaluation, loader=time_loader(cfg, classes, pictures))
+
+
+def time_loader(cfg, classes: dict, pictures, seconds: float = 4.0) -> dict:
+    """Samples a second on one core, from JPEGs of VOC's size; a sample is a labelled image and an
+    unlabelled one in its three views."""
+    with tempfile.TemporaryDirectory() as place:
+        noise, entries = np.random.default_rng(0), []
+        for i in range(8):
+            small = Image.fromarray(noise.integers(256, size=(24, 32, 3), dtype=np.uint8))
+            small.resize((500, 375)).save(f"{place}/{i}.jpg", quality=90)
+            mask = Image.fromarray(noise.integers(len(classes), size=(6, 8), dtype=np.uint8))
+            mask.resize((500, 375), Image.Resampling.NEAREST).save(f"{place}/{i}.png")
+            entries.append((f"{i}.jpg", f"{i}.png"))
+        folder = Folder.__new__(Folder)
+        folder.path, folder.classes, folder.ignore = Path(place), classes, IGNORE
+        items, threads = pictures(folder, entries, entries, cfg, 10**6), torch.get_num_threads()
+        torch.set_num_threads(1)  # as in a loader process
+        try:
+            items[0]
+            count, begin = 0, time.perf_counter()
+            while time.perf_counter() - begin < seconds:
+                count += 1
+                items[count]
+            speed = count / (time.perf_counter() - begin)
+        finally:
+            torch.set_num_threads(threads)
+    return dict(samples_per_second_per_core=speed)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -1177,6 +1177,11 @@ def main(argv=None) -> int:
             evaluate_checkpoint(args.eval, typed, args.save_predictions)
         elif args.predict:
             predict(args.predict[0], args.predict[1:], typed)
+        elif args.benchmark:
+            data_prep.check_settings(cfg)
+            classes = CLASSES.get(cfg.dataset) or data_prep.open_data(cfg, CLASSES).classes
+            result = data_prep.benchmark(cfg, classes, Training, TrainingPictures, segment)
+            print(json.dumps(result, indent=1))
         elif args.resume:
             data_prep.allow_only(typed, "--resume", "device", "workers")
             file = Path(args.resume) / "last.pt"
