@@ -79,6 +79,8 @@ def read_image(file, upright: bool = False) -> torch.Tensor:
     try:
         with Image.open(file) as image:
             image = ImageOps.exif_transpose(image) if upright else image
+            if image.mode[0] in "IF":  # converted, all but the darkest would be white
+                raise UserError(f"{file}: a picture of mode {image.mode}; save it with 8 bits")
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
@@ -89,7 +91,7 @@ def read_image(file, upright: bool = False) -> torch.Tensor:
 def read_list(file: Path, need_mask: bool) -> list[tuple]:
     """Lines "IMAGE MASK" or "IMAGE" -> [(image, mask or None)]."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # some editors put a mark in front
     except FileNotFoundError:
         raise UserError(f"{file} is missing: a list of images, one 'IMAGE MASK' a line") from None
     except (OSError, UnicodeError) as error:
@@ -138,7 +140,7 @@ class Folder:
             raise UserError(f"{file}: a mask of mode {mode}; save class numbers as a palette (P) "
                             "or greyscale (L) PNG")
         mask = np.where(mask == self.ignore, IGNORE, mask)
-        wrong = mask[(mask >= len(self.classes)) & (mask != IGNORE)]
+        wrong = mask[(mask < 0) | (mask >= len(self.classes)) & (mask != IGNORE)]
         if wrong.size:
             raise UserError(f"{file}: holds the value {wrong[0]}, but there are classes 0 to "
                             f"{len(self.classes) - 1} and ignore_index {self.ignore}; correct "
@@ -206,7 +208,7 @@ class Folder:
             return None
 
         masked = dict.fromkeys(self.labelled + self.val + self.test)
-        entries = masked | dict.fromkeys(self.unlabelled)
+        entries = masked | dict.fromkeys(self.unlabelled + self.secret)
         problems = list(filter(None, parallel(problem, entries, "check images and masks")))
         if problems:
             more = f"\n... and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -217,20 +219,17 @@ def open_folder(path: Path, classes: dict[str, list[str]] | None = None) -> Fold
     """The folder at `path`; class names from its dataset.json unless they are given."""
     path = Path(path)
     if classes:
-        if not (path / "splits").is_dir():
-            raise UserError(f"{path}: has no splits/, so it was not made by data_prep.py; move it "
-                            "away, and it will be made anew")
         return Folder(path, classes, IGNORE)
     file = path / "dataset.json"
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
         names = content["classes"]
         definitions = content.get("definitions", {})
         ignore = int(content.get("ignore_index", IGNORE))
     except OSError:
         raise UserError(f"{file} is missing: a data set is a folder with dataset.json and splits/ "
                         "(README.md, 'Your own pictures')") from None
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f'{file}: needs {{"classes": ["name", ...]}} in JSON ({error!r})') from None
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise UserError(f"{file}: 'classes' must be a list of names")
@@ -257,17 +256,23 @@ PUBLISHED = {
 }
 
 
-def open_data(cfg, classes: dict) -> Folder:
-    """The folder behind --dataset. classes: published name -> class names with their concepts."""
-    published = PUBLISHED.get(cfg.dataset, {cfg.labels: None})
-    if cfg.labels not in published:
-        raise UserError(f"--labels {cfg.labels}: the published splits of {cfg.dataset} have "
-                        f"{', '.join(map(str, published))} labelled images")
+def open_data(cfg, classes: dict, expected: list[str] | None = None) -> Folder:
+    """The folder behind --dataset. classes: published name -> class names with their concepts.
+
+    expected: the class names of a checkpoint; looked at before anything is fetched.
+    """
+    published = classes.get(cfg.dataset)
+    wrong = UserError(f"--dataset {cfg.dataset}: has other classes than the checkpoint")
+    if expected and published and list(published) != expected:
+        raise wrong
     if cfg.dataset == "toy":
         path = make_toy(cfg.root)
     else:
         path = prepare(cfg.dataset, cfg.root) if cfg.dataset in PUBLISHED else Path(cfg.dataset)
-    return open_folder(path, classes.get(cfg.dataset))
+    folder = open_folder(path, published)
+    if expected and list(folder.classes) != expected:
+        raise wrong
+    return folder
 
 
 # ----------------------------------------------------------------------------------------------
@@ -379,27 +384,30 @@ def building(target: Path):
 
     Two processes may want the same: the second waits here, and is given None instead.
     """
+    folder, lock = target.parent / f".{target.name}.building", None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(target.parent, os.O_RDONLY) if fcntl else None
-    except OSError as error:
-        raise UserError(f"{target}: cannot be made ({error.strerror})") from None
-    folder = target.parent / f".{target.name}.building"
-    try:
         if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock = os.open(target.parent, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process that works in {target.parent}", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
         if target.exists():
             yield None
             return
-        shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
-        folder.mkdir()
-        yield folder
-        folder.rename(target)
-    except PermissionError as error:
-        raise UserError(f"{target}: cannot be made ({error.strerror})") from None
+        try:
+            shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
+            folder.mkdir()
+            yield folder
+            folder.rename(target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be made ({error})") from None
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if fcntl:
+        if lock is not None:
             os.close(lock)
 
 
@@ -423,10 +431,11 @@ def download(url: str, file: Path) -> None:
     """Fetches a URL. What an earlier transfer left in FILE.part is continued, not fetched again."""
     part = file.with_name(file.name + ".part")
     while True:
-        start = part.stat().st_size if part.exists() else 0
+        before = start = part.stat().st_size if part.exists() else 0
         request = urllib.request.Request(url, headers={"User-Agent": "semivl"})
         if start:
             request.add_header("Range", f"bytes={start}-")
+        broken = OSError("the transfer breaks off again and again")
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 if answer.status != 206:
@@ -438,35 +447,35 @@ def download(url: str, file: Path) -> None:
                     while block := answer.read(1 << 18):
                         out.write(block)
                         bar.update(len(block))
+            if part.stat().st_size >= size:
+                break
         except urllib.error.HTTPError as error:
-            if error.code != 416:  # nothing is missing: the digest will tell whether it is right
+            if error.code != 416:
                 raise
-            size = start
-        except (OSError, http.client.HTTPException):
-            if not part.exists() or part.stat().st_size <= start:
-                raise  # not a byte more than before
-            continue
-        if part.stat().st_size >= size:
-            part.replace(file)
-            return
-        if part.stat().st_size <= start:
-            raise OSError("the transfer breaks off again and again")
+            break  # nothing is missing: the digest will tell whether it is right
+        except (OSError, http.client.HTTPException) as error:
+            broken = error
+        if not part.exists() or part.stat().st_size <= before:
+            raise broken  # not a byte more than the time before
+    part.replace(file)
 
 
-def fetch(name: str, digest: str, urls: tuple, source: str | None, downloads: Path) -> Path:
-    """A file from --source or from the first URL that serves it with the right digest.
-
-    A file in a folder `source` is used where it is; a URL `source` goes before the others.
-    """
+def fetch(name: str, digest: str, urls: tuple, source: str | None, downloads: Path):
+    """A file from --source, or from the first URL that serves it with the right digest -> where it
+    is, and whether it was downloaded. A URL given as `source` goes before the others."""
+    failed = []
     if source and "://" in source:
         urls = (f"{source.rstrip('/')}/{name}", *urls)
     elif source and (file := Path(source) / name).is_file():
-        if wrong := wrong_digest(file, digest):
+        if not (wrong := wrong_digest(file, digest)):
+            return file, False
+        if not digest.startswith("sha256:"):  # a list must be the published one to the byte
             print(f"warning: {file} {wrong}; going on, as it was given by --source")
-        return file
-    file, failed = downloads / name.replace("/", "-"), []
+            return file, False
+        failed.append(f"{file} {wrong}")
+    file = downloads / name.replace("/", "-")
     if file.exists() and not wrong_digest(file, digest):
-        return file  # fetched before, by a process that was interrupted later
+        return file, True  # fetched before, by a process that was interrupted later
     for url in urls:
         # A part may be of something else: after a wrong digest, once more from the beginning.
         for _ in range(1 + file.with_name(file.name + ".part").exists()):
@@ -477,7 +486,7 @@ def fetch(name: str, digest: str, urls: tuple, source: str | None, downloads: Pa
                 wrong = str(getattr(error, "reason", error))
                 break
             if not wrong:
-                return file
+                return file, True
             file.unlink()
         failed.append(f"{url}: {wrong}")
     raise UserError(f"{name}: cannot be had. " + "; ".join(failed or [f"{source}: not there"]) +
@@ -492,7 +501,7 @@ def unpack(archive: Path, taken: dict[str, str], folder: Path) -> None:
                      if (m := re.fullmatch(old, name))), None)
 
     try:
-        if zipfile.is_zipfile(archive):
+        if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as file:
                 for info in tqdm(file.infolist(), f"unpack {archive.name}", disable=None):
                     if new := place(info.filename):
@@ -503,15 +512,19 @@ def unpack(archive: Path, taken: dict[str, str], folder: Path) -> None:
                 for info in tqdm(file, f"unpack {archive.name}", disable=None):
                     if info.isfile() and (new := place(info.name)):
                         file.extract(info.replace(name=new, deep=False), folder, filter="data")
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{archive}: damaged ({error}); remove it and start again") from None
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise UserError(f"{archive}: damaged ({str(error).splitlines()[0]}); remove it and start "
+                        "again") from None
 
 
 def change_masks(files: list[Path], table: np.ndarray, rename=lambda file: file) -> None:
     """Rewrites masks through a table [256] of new values."""
     def change(file: Path):
-        with Image.open(file) as image:
-            mask = table[np.array(image)]
+        try:
+            with Image.open(file) as image:
+                mask = table[np.array(image)]
+        except (*BROKEN, IndexError) as error:
+            raise UserError(f"{file.name}: no mask of bytes that can be read ({error})") from None
         file.unlink()
         Image.fromarray(mask).save(rename(file), compress_level=1)
 
@@ -523,10 +536,11 @@ def reduce_ade20k(folder: Path) -> None:
 
     Copies in which this was done already are left alone: they hold 255, and never 150.
     """
-    files = sorted(folder.glob("annotations/*/*.png"))
+    files, largest = sorted(folder.glob("annotations/*/*.png")), 0
     for file in tqdm(files, "raw or reduced", leave=False, disable=None):
-        with Image.open(file) as image:
-            largest = int(np.max(image))
+        with contextlib.suppress(*BROKEN):  # the next will do; change_masks() tells of this one
+            with Image.open(file) as image:
+                largest = int(np.max(image))
         if largest == IGNORE:
             return
         if largest == 150:
@@ -562,8 +576,9 @@ def write_lists(name: str, splits: Path, source: str | None, downloads: Path) ->
         else:
             path = f"splits/{path}"
             urls = tuple(host + path for host in LIST_HOSTS)
-            fetched.append(fetch(path, f"sha256:{digest}", urls, source, downloads))
-            shutil.copy(fetched[-1], file)
+            found, mine = fetch(path, f"sha256:{digest}", urls, source, downloads)
+            shutil.copy(found, file)
+            fetched += [found] * mine
     return fetched
 
 
@@ -607,8 +622,11 @@ def prepare(name: str, root="data", source: str | None = None) -> Path:
     source: URL of a mirror, or folder, with the archives (and perhaps the lists under splits/).
     """
     target, downloads = Path(root) / name, Path(root) / "downloads"
-    if target.exists():
+    if (target / "splits").is_dir():
         return target
+    if target.exists():
+        raise UserError(f"{target}: is no data folder made by this program; move it away, and it "
+                        "will be made anew")
     if name == "cityscapes" and not source:
         raise UserError(CITYSCAPES_LOGIN.format(root))
     if source and "://" not in source and not Path(source).is_dir():
@@ -616,14 +634,17 @@ def prepare(name: str, root="data", source: str | None = None) -> Path:
     with building(target) as folder:
         if folder is None:
             return target
-        local = [a for a in ARCHIVES[name] if source and (Path(source) / a.name).is_file()]
         print(f"making {target}; what is fetched goes to {downloads} until it is unpacked:")
+        need = 0.0
         for archive in ARCHIVES[name]:
-            first = archive.urls[0] if archive.urls else source
-            print(f"  {archive.size:5.1f} GB  "
-                  f"{Path(source) / archive.name if archive in local else first}")
+            near, need = Path(source or downloads) / archive.name, need + archive.size
+            if "://" in (source or ""):
+                near = f"{source.rstrip('/')}/{archive.name}"
+            elif not near.is_file():
+                near, part = (*archive.urls, near)[0], downloads / (archive.name + ".part")
+                need += archive.size - (part.stat().st_size / 1e9 if part.exists() else 0)
+            print(f"  {archive.size:5.1f} GB  {near}")
         print(f"  lists of the {len(PUBLISHED[name])} published splits", flush=True)
-        need = sum(a.size * (1 if a in local else 2) for a in ARCHIVES[name])
         free = shutil.disk_usage(folder).free / 1e9
         if free < need:
             raise UserError(f"{target}: needs about {need:.1f} GB, {free:.1f} GB are free there; "
@@ -632,13 +653,12 @@ def prepare(name: str, root="data", source: str | None = None) -> Path:
         try:
             fetched = write_lists(name, folder / "splits", source, downloads)
             for archive in ARCHIVES[name]:
-                file = fetch(archive.name, archive.digest, archive.urls, source, downloads)
+                file, mine = fetch(archive.name, archive.digest, archive.urls, source, downloads)
                 unpack(file, TAKEN[name], folder)
-                fetched.append(file)
+                fetched += [file] * mine
             settle(name, folder)
-            for file in fetched:
-                if file.parent == downloads:  # never what stands in --source
-                    file.unlink()
+            for file in fetched:  # never what stands in --source
+                file.unlink()
         finally:
             with contextlib.suppress(OSError):
                 downloads.rmdir()  # unless it holds something to go on from
@@ -687,8 +707,16 @@ def load_weights(file) -> tuple[dict, bool]:
     except Exception:
         raise UserError(f"{file}: not a whole file of weights") from None
     content = load_file(file)
-    content = content.get("state_dict", content)
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}, False
+    state = tensors_of(content.get("state_dict", content), file)
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}, False
+
+
+def tensors_of(state, file) -> dict:
+    """The same, when it is a state dict."""
+    if not isinstance(state, dict) or not all(
+            isinstance(name, str) and torch.is_tensor(value) for name, value in state.items()):
+        raise UserError(f"{file}: holds no state dict (name -> tensor)")
+    return state
 
 
 def clip_config(name: str) -> dict | None:
@@ -698,8 +726,9 @@ def clip_config(name: str) -> dict | None:
 
 def empty_clip(name: str) -> open_clip.CLIP:
     """The model of that name with random weights."""
-    config = clip_config(name)
-    if not config or set(config) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}:
+    config = clip_config(name) if ":" not in name else None  # hf-hub:... would ask the network
+    if (not config or "hf_model_name" in config["text_cfg"]
+            or set(config) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}):
         raise UserError(f"--clip {name}: not a plain CLIP that open_clip knows; take 'toy', or a "
                         "ViT of open_clip.list_models() such as ViT-B-16-quickgelu")
     clip = open_clip.CLIP(**config)
@@ -785,9 +814,26 @@ def conv_encoder(weights: str) -> torch.nn.Module:
 
 
 # ----------------------------------------------------------------------------------------------
-# Class names of the published data sets (VOC's stand in semivl.py), in the order of mask values
+# Classes of the published data sets, in the order of mask values. Spelling is as published
+# ("wolve", "diningtable"): the published weights saw these strings.
 # ----------------------------------------------------------------------------------------------
 
+VOC = {
+    "background": "background|bed|building|cabinet|ceiling|curtain|door|fence|floor|grass|ground|"
+    "mountain|road|rock|shelves|sidewalk|sky|snow|tree|wall|water|window|hang glider|helicopter|"
+    "jet ski|go-cart|tractor|emergency vehicle|lorry|truck|lion|stool|bench|wheelchair|"
+    "coffee table|desk|side table|picnic bench|wolve|flowers in a vase|goat|tram|laptop|"
+    "advertising display|vehicle interior",
+    "aeroplane": "aeroplane|airplane|glider", "bicycle": "bicycle|tricycle|unicycle",
+    "bird": "bird", "boat": "boat|ship|rowing boat|pedalo", "bottle": "bottle|plastic bottle|"
+    "glass bottle|feeding bottle", "bus": "bus|minibus", "car": "car|van|large family car|"
+    "realistic toy car", "cat": "cat|domestic cat", "chair": "chair|armchair|deckchair",
+    "cow": "cow", "diningtable": "dining table|table for eating at", "dog": "dog|domestic dog",
+    "horse": "horse|pony|donkey|mule", "motorbike": "motorbike|moped|scooter|sidecar",
+    "person": "person|people|baby|face", "pottedplant": "potted plant|indoor plant in a pot|"
+    "outdoor plant in a pot", "sheep": "sheep", "sofa": "sofa", "train": "train|train carriage",
+    "tvmonitor": "tv|monitor|standalone screen",
+}
 CITYSCAPES = {
     "road": "road|street|parking space", "sidewalk": "sidewalk",
     "building": "building|skyscaper|house|bus stop building|garage|car port|scaffolding",
@@ -824,7 +870,8 @@ ADE20K = (
     "food|step|tank|trade name|microwave|pot|animal|bicycle|lake|dishwasher|screen|blanket|"
     "sculpture|hood|sconce|vase|traffic light|tray|ashcan|fan|pier|crt screen|plate|monitor|"
     "bulletin board|shower|radiator|glass|clock|flag")
-PUBLISHED_CLASSES = {
+CLASSES = {  # data set -> class -> its concepts; COCO and ADE20K have no definitions
+    "voc": {name: words.split("|") for name, words in VOC.items()},
     "cityscapes": {name: words.split("|") for name, words in CITYSCAPES.items()},
     "coco": {name: [name] for name in COCO.split("|")},
     "ade20k": {name: [name] for name in ADE20K.split("|")},
@@ -885,13 +932,18 @@ def number(kind, low, high):
     """An argparse type: int or float from low to high."""
     def parse(text: str):
         value = kind(text)
-        if not low <= value <= high or math.isinf(value):
+        if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(
                 f"{text} is out of range ({low} to {high})" if high < math.inf else
                 f"{text} must be at least {low}")
         return value
     parse.__name__ = kind.__name__  # argparse names the type when the text is no number at all
     return parse
+
+
+def refuse(message: str):
+    """What argparse does with a wrong command line."""
+    raise UserError(f"{message}; see --help")
 
 
 def parse_args(argv, config, presets: dict) -> tuple[dict, argparse.Namespace]:
@@ -901,10 +953,7 @@ def parse_args(argv, config, presets: dict) -> tuple[dict, argparse.Namespace]:
         usage="semivl.py [options]", allow_abbrev=False,
         epilog="In brackets: the toy's values. Presets of other data sets: semivl.py, section 1.")
 
-    def error(message):
-        raise UserError(f"{message}; see --help")
-
-    parser.error = error
+    parser.error = refuse
     fields, shown, groups = dataclasses.fields(config), config(**presets["toy"]), {}
     for field in fields:
         meta, default = field.metadata, getattr(shown, field.name)
@@ -922,33 +971,39 @@ def parse_args(argv, config, presets: dict) -> tuple[dict, argparse.Namespace]:
     group.add_argument("--eval", metavar="CKPT", help="table of IoU per class of a checkpoint")
     group.add_argument("--predict", nargs="+", metavar=("CKPT", "IMAGE"),
                        help="palette PNG and overlay of each image, of any size")
-    group.add_argument("--benchmark", action="store_true",
+    group.add_argument("--benchmark", action="store_const", const=True,
                        help="seconds and memory of a step on random images; needs no data")
     group.add_argument("--save-predictions", metavar="DIR",
                        help="with --eval: a PNG of each image, as the data set's server wants it")
     group.add_argument("--resume", metavar="RUN", help="go on with a run that was interrupted")
     args = parser.parse_args(argv)
-    if args.save_predictions and not args.eval:
-        error("--save-predictions goes with --eval only")
-    if sum(map(bool, (args.eval, args.predict, args.resume))) > 1:
-        error("--eval, --predict and --resume exclude each other")
+    if args.save_predictions is not None and args.eval is None:
+        refuse("--save-predictions goes with --eval only")
+    if sum(a is not None for a in (args.eval, args.predict, args.resume, args.benchmark)) > 1:
+        refuse("--eval, --predict, --resume and --benchmark exclude each other")
     typed = {field.name: getattr(args, field.name) == "on" if field.type is bool
              else getattr(args, field.name) for field in fields if hasattr(args, field.name)}
     return typed, args
 
 
-def settings_of(content: dict, config, file, changes: dict):
+def settings_of(content: dict, config, file, changes: dict, *needed: str):
     """The settings that a checkpoint was written with, changed as told."""
     try:
+        for name in needed:
+            content[name]
         return config(**content["config"] | changes)
     except (KeyError, TypeError) as error:
         raise UserError(f"{file}: not a checkpoint of this version of the program ({error})"
                         ) from None
 
 
-def check_settings(cfg) -> None:
+def check_settings(cfg, training: bool = True) -> None:
     """Settings that cannot work together end here, not in the middle of a run."""
     pick_device(cfg.device)
+    published = PUBLISHED.get(cfg.dataset, {})
+    if training and published and cfg.labels not in published:
+        raise UserError(f"--labels {cfg.labels}: the published splits of {cfg.dataset} have "
+                        f"{', '.join(map(str, published))} labelled images")
     if cfg.batch % cfg.micro_batch:
         raise UserError(f"--batch {cfg.batch}: not a multiple of --micro-batch {cfg.micro_batch}")
     if cfg.scale_min > cfg.scale_max:
@@ -990,7 +1045,8 @@ def numbered(path: Path) -> Path:
     free, number = path, 1
     while free.exists():
         number += 1
-        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+        suffix = ".json" if path.suffix == ".json" else ""
+        free = path.with_name(f"{path.name.removesuffix(suffix)}-{number}{suffix}")
     return free
 
 
@@ -1029,9 +1085,11 @@ def save_whole(content: dict, file: Path) -> None:
             os.fsync(out.fileno())
         temporary.replace(file)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk into a RuntimeError
+        remedy = "the file of the last save is whole; make room, then --resume"
+        raise UserError(f"{file}: cannot be written ({str(error).splitlines()[0][:120]}); "
+                        f"{remedy if file.exists() else 'make room'}") from None
+    finally:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{file}: cannot be written ({str(error).splitlines()[0][:120]}). The file "
-                        "of the last save is whole; make room, then --resume") from None
 
 
 class StopSignals:
@@ -1052,6 +1110,7 @@ class StopSignals:
     def handle(self, number, frame):
         self.asked = True
         if not self.holding:
+            self.holding = True  # one signal is enough: the run is being saved
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
@@ -1059,14 +1118,27 @@ class StopSignals:
         """What stands in this block is finished before a signal has its way."""
         self.holding = True
         yield
-        self.holding = False
         if self.asked:
             raise KeyboardInterrupt
+        self.holding = False
 
 
 def loaders(asked: int) -> int:
     """How many loader processes to start: what is asked for, but not more than there are cores."""
     return min(asked, os.cpu_count() or 1)
+
+
+def explain(error: Exception) -> str:
+    """One line for what a user can mend; anything else is raised again."""
+    text = str(error).strip()
+    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+        return "out of memory: take a smaller --micro-batch (the result is the same) or --crop"
+    if "DataLoader worker" in text:
+        return f"a loader process died ({text.splitlines()[0]}): take fewer --workers"
+    if isinstance(error, RuntimeError):
+        raise error
+    # An error in a loader process arrives with that process's traceback in front.
+    return text.rpartition("UserError: ")[2]
 
 
 def quiet_worker(_) -> None:
@@ -1092,17 +1164,28 @@ class RunLog:
     def __enter__(self):
         file, kept = Path(self.run.cfg.out) / "log.jsonl", []
         if self.run.step and file.exists():  # without the steps lost since the last checkpoint
-            for line in file.read_text().splitlines(keepends=True):
+            for text in file.read_text().splitlines(keepends=True):
                 with contextlib.suppress(ValueError):  # a kill may have left half a line
-                    kept += [line] if json.loads(line)["step"] <= self.run.step else []
-        self.file = open(file, "w")
-        self.file.writelines(kept)
+                    line = json.loads(text)
+                    if line["step"] <= self.run.step:
+                        kept.append(text)
+                        self.restart() if "val_miou" in line else self.add(line)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(file)
+        self.file = open(file, "a")
         self.bar = tqdm(desc="train", total=self.run.steps, initial=self.run.step, disable=None)
         return self
 
     def __exit__(self, *_):
         self.bar.close()
         self.file.close()
+
+    def add(self, line: dict) -> None:
+        self.count += 1
+        for name, value in line.items():
+            if name not in ("step", "lr"):
+                self.sums[name] = self.sums.get(name, 0.0) + value
 
     def write(self, line: dict) -> None:
         rates = [group["lr"] for group in self.run.optimizer.param_groups]
@@ -1114,9 +1197,7 @@ class RunLog:
         before, self.mark = self.mark, time.perf_counter()
         if before:  # the first step after a start or an evaluation is not timed
             self.seconds, self.timed = self.seconds + self.mark - before, self.timed + 1
-        self.count += 1
-        for name, value in line.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.add(line)
         self.write(line)
         self.bar.update()
         self.bar.set_postfix(loss=f"{line['total']:.3f}", kept=f"{line.get('kept', 0):.2f}")
@@ -1275,7 +1356,7 @@ def contact_sheet(file, titles: list[str], rows: list, classes: list[str], side:
     gap, head = 8, 26
     width = gap + len(titles) * (side + gap)
     key = legend(classes, list(range(len(classes))), width)
-    heights = [round(side * row[0].shape[1] / row[0].shape[2]) for row in rows]
+    heights = [max(1, round(side * row[0].shape[1] / row[0].shape[2])) for row in rows]
     sheet = Image.new("RGB", (width, head + sum(heights) + gap * len(rows) + key.height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for i, title in enumerate(titles):
@@ -1309,7 +1390,8 @@ def server_files(out: str, folder: Folder):
     def write(entry: tuple, prediction: torch.Tensor) -> None:
         picture = Image.fromarray(table[prediction.numpy()], "P")
         colours = np.zeros((256, 3), np.uint8)
-        colours[table] = palette(classes)
+        colours[table[:len(classes)]] = palette(classes)[:len(classes)]
+        colours[IGNORE] = 255
         picture.putpalette(colours.flatten().tolist())
         picture.save(out / names[entry[0]])
 
@@ -1337,14 +1419,17 @@ def save_predictions(out: Path, images: list[str], classes: list[str], predict) 
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--predict: two pictures are called {name}; predict them in turn")
-        if (out / f"{name}-mask.png").exists():
-            raise UserError(f"{out}/{name}-mask.png: exists already; remove it, or give --out")
-    pictures = [read_image(image, upright=True) for image in images]  # all, before any is written
+        for file in (out / f"{name}-mask.png", out / f"{name}-overlay.png"):
+            if file.exists():
+                raise UserError(f"{file}: exists already; remove it, or give --out")
+    for image in images:
+        read_image(image)  # all of them, before anything is written
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be made ({error.strerror})") from None
-    for name, image in zip(names, pictures):
+    for name, file in zip(names, images):
+        image = read_image(file, upright=True)
         mask = predict(image)
         colours = colour_mask(mask, classes)
         colours.save(out / f"{name}-mask.png")
@@ -1367,7 +1452,7 @@ def save_predictions(out: Path, images: list[str], classes: list[str], predict) 
 
 
 class Stopwatch:
-    """Seconds spent in the phases of a training step, by hooks: the step itself is left as it is."""
+    """Seconds in the phases of a training step, by hooks: the step itself is left as it is."""
 
     def __init__(self, run):
         self.device, self.seconds, self.began = run.device, {}, {}
@@ -1864,8 +1949,9 @@ def main(argv=None) -> int:
     parser.add_argument("dataset", choices=["toy", *ARCHIVES])
     parser.add_argument("--root", default="data", help="where data sets are kept [data]")
     parser.add_argument("--source", help="folder, or URL of a mirror, that has the archives")
-    args = parser.parse_args(argv)
     try:
+        parser.error = refuse
+        args = parser.parse_args(argv)
         if args.dataset == "toy" and args.source:
             raise UserError("--source does not go with toy: nothing is fetched for it")
         present = (Path(args.root) / args.dataset).exists()
@@ -1873,7 +1959,7 @@ def main(argv=None) -> int:
                 prepare(args.dataset, args.root, args.source))
         if present:
             print(f"{path} is there already; nothing to do")
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"data_prep.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -137,28 +137,11 @@ IGNORE = data_prep.IGNORE  # 255, "no label" in every mask, whatever a folder's 
 # ----------------------------------------------------------------------------------------------
 # 2. Language: what the classes are called, and what they mean (paper: class definitions)
 # A name alone is a poor prompt: "background" is a word for nothing that CLIP has seen. A class
-# is therefore defined by concepts; the prediction of a class is the best of its concepts.
-# Spelling is as published ("wolve", "diningtable"): the published weights saw these strings.
+# is therefore defined by concepts; the prediction of a class is the best of its concepts. Of VOC:
+#     "person": person, people, baby, face    "bus": bus, minibus    "background": 45 things, from
+#     bed, building and cabinet to tram, laptop and vehicle interior
 
-VOC = {
-    "background": "background|bed|building|cabinet|ceiling|curtain|door|fence|floor|grass|ground|"
-    "mountain|road|rock|shelves|sidewalk|sky|snow|tree|wall|water|window|hang glider|helicopter|"
-    "jet ski|go-cart|tractor|emergency vehicle|lorry|truck|lion|stool|bench|wheelchair|"
-    "coffee table|desk|side table|picnic bench|wolve|flowers in a vase|goat|tram|laptop|"
-    "advertising display|vehicle interior",
-    "aeroplane": "aeroplane|airplane|glider", "bicycle": "bicycle|tricycle|unicycle",
-    "bird": "bird", "boat": "boat|ship|rowing boat|pedalo", "bottle": "bottle|plastic bottle|"
-    "glass bottle|feeding bottle", "bus": "bus|minibus", "car": "car|van|large family car|"
-    "realistic toy car", "cat": "cat|domestic cat", "chair": "chair|armchair|deckchair",
-    "cow": "cow", "diningtable": "dining table|table for eating at", "dog": "dog|domestic dog",
-    "horse": "horse|pony|donkey|mule", "motorbike": "motorbike|moped|scooter|sidecar",
-    "person": "person|people|baby|face", "pottedplant": "potted plant|indoor plant in a pot|"
-    "outdoor plant in a pot", "sheep": "sheep", "sofa": "sofa", "train": "train|train carriage",
-    "tvmonitor": "tv|monitor|standalone screen",
-}
-# data set -> class, in the order of the mask values -> its concepts. The names of the other sets
-# are in data_prep.py; COCO and ADE20K have no definitions.
-CLASSES = data_prep.PUBLISHED_CLASSES | {"voc": {k: v.split("|") for k, v in VOC.items()}}
+CLASSES = data_prep.CLASSES  # data set -> class, in the order of mask values -> its concepts
 
 
 @torch.no_grad()
@@ -629,8 +612,8 @@ def normalize(images: torch.Tensor, cfg: Config) -> torch.Tensor:
 # pixels with other colours, so that consistency has something to learn. Geometry is shared.
 
 def scaled_size(height: int, width: int, scale: float) -> list[int]:
-    """[height, width] times scale, rounded half up."""
-    return [int(height * scale + 0.5), int(width * scale + 0.5)]
+    """[height, width] times scale, rounded half up; not below one pixel."""
+    return [max(1, int(n * scale + 0.5)) for n in (height, width)]
 
 
 def random_size(height: int, width: int, cfg: Config) -> list[int]:
@@ -1004,17 +987,25 @@ class Training:
         """mIoU in percent of the teacher, the student or frozen CLIP."""
         return float(evaluate(model, self.folder, entries, self.cfg, self.device, title).nanmean())
 
-    def validate(self) -> dict:
-        """mIoU of teacher and student; and what classes the accepted pseudo-labels had since the
-        last time: where accuracy falls after a peak, one class has often taken over."""
-        last = student = self.miou(self.teacher, self.folder.val, "validation, teacher")
+    def validate(self) -> tuple[float, float]:
+        """mIoU of teacher and student."""
+        teacher = student = self.miou(self.teacher, self.folder.val, "validation, teacher")
         if self.cfg.ema:
             student = self.miou(self.student.eval(), self.folder.val, "validation, student")
             self.student.train()
+        return teacher, student
+
+    def record(self, teacher: float, student: float) -> dict:
+        """Takes note of an evaluation, writes best.pt; returns a line for the log. It tells also
+        what classes the accepted pseudo-labels had since the last time: where accuracy falls
+        after a peak, one class has often taken over."""
         shares = (self.accepted / self.accepted.sum().clamp(min=1)).tolist()
         self.accepted.zero_()
-        self.evaluated, self.last, self.best = self.step, last, max(last, self.best)
-        return dict(val_miou=last, student=student, best=self.best,
+        self.evaluated, self.last = self.step, teacher
+        if teacher > self.best:
+            self.best = teacher
+            self.save("best.pt", resumable=False)
+        return dict(val_miou=teacher, student=student, best=self.best,
                     pseudo_labels=dict(zip(self.folder.classes, shares)))
 
     def save(self, name: str, resumable: bool) -> None:
@@ -1029,8 +1020,8 @@ class Training:
 
     def restore(self, content: dict) -> None:
         """Goes on from what `save(resumable=True)` wrote."""
-        self.teacher.model.load_state_dict(content["model"])
-        self.student.load_state_dict(content["student"])
+        for model, name in ((self.teacher.model, "model"), (self.student, "student")):
+            data_prep.load_strictly(model, content[name], "last.pt", "this run")
         self.optimizer.load_state_dict(content["optimizer"])
         self.accepted.copy_(content["accepted"])
         for name in ("step", "evaluated", "last", "best"):
@@ -1042,7 +1033,7 @@ def train(cfg: Config, resume: dict | None = None) -> None:
     folder = data_prep.open_data(cfg, CLASSES)
     folder.choose_labelled(cfg, resume and resume["labelled"])
     folder.check(decode_all=cfg.dataset not in data_prep.PUBLISHED)
-    if resume and resume["classes"] != folder.classes:
+    if resume and list(resume["classes"].items()) != list(folder.classes.items()):
         raise UserError(f"{folder.path}: the classes are not those that the run started with")
     run = Training(cfg, folder, data_prep.pick_device(cfg.device))
     if resume:
@@ -1057,17 +1048,15 @@ def train(cfg: Config, resume: dict | None = None) -> None:
         print(f"frozen     CLIP has {a:.1f} mIoU by class names, {b:.1f} by definitions "
               f"({len(few)} validation images)", flush=True)
 
+    every, batches = math.ceil(run.steps / cfg.evals), iter(run.batches())
     with data_prep.RunLog(run) as log, data_prep.StopSignals() as stop:
         try:
-            every, batches = max(1, run.steps // cfg.evals), iter(run.batches())
             while run.evaluated < run.steps:
                 due = run.step % every == 0 or run.step == run.steps
                 if due and run.evaluated < run.step:
-                    line = run.validate()
+                    scores = run.validate()
                     with stop.held():  # what stands here is finished before a signal has its way
-                        log.evaluation(line)
-                        if run.last == run.best:
-                            run.save("best.pt", resumable=False)
+                        log.evaluation(run.record(*scores))
                         run.save("last.pt", resumable=True)
                 else:
                     batch = next(batches)
@@ -1079,6 +1068,8 @@ def train(cfg: Config, resume: dict | None = None) -> None:
             run.save("last.pt", resumable=True)
             tqdm.write(f"stopped    after step {run.step}; go on by --resume {cfg.out}")
             raise
+        finally:
+            del batches  # and with it the loader processes, whatever has happened
     models = {"CLIP by names": run.frozen_names, "by definitions": run.guidance}
     data_prep.report(run, models | {"SemiVL": run.teacher}, evaluate, segment)
 
@@ -1112,10 +1103,12 @@ def load_checkpoint(file: str, typed: dict) -> tuple[SemiVL, Config, list[str]]:
     holds the EMA teacher and its settings; the authors' (recognised by its names) tensors only."""
     content = data_prep.load_file(file)
     free = ["dataset", "root", "stride", "window", "device", "out"]
-    weights = content.get("model", {})
+    weights = data_prep.tensors_of(content.get("model", {}), file)
     if "config" in content and "text" in weights:
         data_prep.allow_only(typed, file, *free)
-        cfg = data_prep.settings_of(content, Config, file, dict(device="auto", out="") | typed)
+        typed = dict(device="auto", out="") | typed
+        cfg = data_prep.settings_of(content, Config, file, typed, "classes")
+        data_prep.check_settings(cfg, training=False)
         model = assemble(cfg, data_prep.empty_clip(cfg.clip).visual, weights["text"])
         data_prep.load_strictly(model, weights, file, "the model that its settings describe")
         return model.eval(), cfg, list(content["classes"])
@@ -1129,13 +1122,14 @@ def load_checkpoint(file: str, typed: dict) -> tuple[SemiVL, Config, list[str]]:
                         "add --dataset voc, coco, ade20k or a FOLDER")
     cfg = Config(**PRESETS.get(dataset, {}) | dict(dataset=dataset) | typed)
     cfg = dataclasses.replace(cfg, authors_clip=True, conv_skip=conv_skip)
+    data_prep.check_settings(cfg, training=False)
     classes = CLASSES.get(dataset) or data_prep.open_data(cfg, CLASSES).classes
     clip = data_prep.load_clip(cfg.clip, cfg.clip_tag, cfg.clip_weights, cfg.root)
     text = describe_classes(clip, classes, cfg).decoder_text
     heads = clip.visual.transformer.resblocks[0].attn.num_heads
     try:
         return load_authors_checkpoint(weights, text, heads), cfg, list(classes)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, IndexError, ValueError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip()[:160]
         raise UserError(f"{file}: not a whole checkpoint of the authors' ({reason})") from None
 
@@ -1143,13 +1137,11 @@ def load_checkpoint(file: str, typed: dict) -> tuple[SemiVL, Config, list[str]]:
 def evaluate_checkpoint(file: str, typed: dict, save_predictions: str | None) -> None:
     """`--eval`: the protocol of the checkpoint's data set, on validation and test images."""
     model, cfg, classes = load_checkpoint(file, typed)
-    data_prep.check_settings(cfg)
-    device, folder = data_prep.pick_device(cfg.device), data_prep.open_data(cfg, CLASSES)
-    if list(folder.classes) != classes:
-        raise UserError(f"{file}: was trained on other classes than {folder.path} has")
+    device = data_prep.pick_device(cfg.device)
+    folder = data_prep.open_data(cfg, CLASSES, classes)
     folder.check()
     tables, keep, secret = {}, None, []
-    if save_predictions:
+    if save_predictions is not None:
         keep, secret = data_prep.server_files(save_predictions, folder), folder.secret
     for split, entries in (("val", folder.val), ("test", folder.test), ("secret", secret)):
         iou = evaluate(model.to(device), folder, entries, cfg, device, split, keep)
@@ -1173,7 +1165,7 @@ def main(argv=None) -> int:
     try:
         typed, args = data_prep.parse_args(argv, Config, PRESETS)
         cfg = Config(**PRESETS.get(typed.get("dataset", "toy"), {}) | typed)
-        if args.eval:
+        if args.eval is not None:
             evaluate_checkpoint(args.eval, typed, args.save_predictions)
         elif args.predict:
             predict(args.predict[0], args.predict[1:], typed)
@@ -1182,11 +1174,12 @@ def main(argv=None) -> int:
             classes = CLASSES.get(cfg.dataset) or data_prep.open_data(cfg, CLASSES).classes
             result = data_prep.benchmark(cfg, classes, Training, TrainingPictures, segment)
             print(json.dumps(result, indent=1))
-        elif args.resume:
+        elif args.resume is not None:
             data_prep.allow_only(typed, "--resume", "device", "workers")
             file = Path(args.resume) / "last.pt"
             content = data_prep.load_file(file)
-            cfg = data_prep.settings_of(content, Config, file, typed | dict(out=args.resume))
+            cfg = data_prep.settings_of(content, Config, file, typed | dict(out=args.resume),
+                                        "student", "optimizer", "labelled", "accepted")
             train(cfg, content)
         else:
             data_prep.check_settings(cfg)
@@ -1194,9 +1187,8 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("semivl.py: interrupted", file=sys.stderr)
         return 130
-    except (UserError, OSError) as error:  # a full disk, a folder that may not be written
-        # An error in a loader process arrives with that process's traceback in front.
-        print(f"semivl.py: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        print(f"semivl.py: {data_prep.explain(error)}", file=sys.stderr)
         return 2
     return 0
 

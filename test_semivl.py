@@ -11,6 +11,7 @@ import http.server
 import io
 import json
 import math
+import multiprocessing
 import shutil
 import signal
 import subprocess
@@ -729,6 +730,16 @@ def archive(kind: str, members: dict) -> bytes:
     return file.getvalue()
 
 
+class AlwaysIn:
+    """A set that holds everything and loses nothing."""
+
+    def __contains__(self, _):
+        return True
+
+    def discard(self, _):
+        pass
+
+
 PHOTO = encoded(np.full((20, 30, 3), 99, np.uint8), "JPEG")
 MASK = np.arange(600, dtype=np.uint8).reshape(20, 30) % 19
 
@@ -900,8 +911,8 @@ def test_a_part_of_something_else_is_fetched_anew(host, tmp_path):
     content, digest = b"the right one", f"md5:{hashlib.md5(b'the right one').hexdigest()}"
     host.files = {"/a.bin": content}
     (tmp_path / "a.bin.part").write_bytes(b"wrong")
-    file = data_prep.fetch("a.bin", digest, (f"{host.url}/a.bin",), None, tmp_path)
-    assert file.read_bytes() == content
+    file, fetched = data_prep.fetch("a.bin", digest, (f"{host.url}/a.bin",), None, tmp_path)
+    assert fetched and file.read_bytes() == content
     assert [asked for _, asked in host.seen] == ["bytes=5-", None]
 
 
@@ -917,6 +928,47 @@ def test_a_wrong_digest_is_refused_and_the_mirror_used(host, monkeypatch, tmp_pa
     assert "has md5" in shown and "404" not in shown.partition("second")[0]
     assert len(shown.splitlines()) == 1 and "--source" in shown
     assert not (tmp_path / "other/voc").exists()
+
+
+def test_a_host_that_never_sends_the_whole_is_given_up(host, monkeypatch, tmp_path):
+    host.files, host.ranges, host.breaking = {"/a.bin": bytes(100_000)}, False, AlwaysIn()
+    with pytest.raises(OSError, match="again and again"):
+        data_prep.download(f"{host.url}/a.bin", tmp_path / "a.bin")
+    assert len(host.seen) == 2
+
+
+def test_archives_of_the_user_stay_even_in_our_downloads(host, monkeypatch, tmp_path):
+    archives = publish("cityscapes", host, monkeypatch)
+    (tmp_path / "downloads").mkdir()
+    for path, content in archives.items():
+        (tmp_path / "downloads" / path).write_bytes(content)
+    data_prep.prepare("cityscapes", tmp_path, str(tmp_path / "downloads"))
+    assert {p.name for p in (tmp_path / "downloads").iterdir()} == set(archives)
+
+
+@pytest.mark.parametrize("damage", ["truncated zip", "no zip", "broken mask", "a file in its place",
+                                    "no such source", "wrong arguments"])
+def test_mistakes_of_preparation_end_in_one_line(damage, host, monkeypatch, tmp_path, capsys):
+    archives, zips = publish("ade20k", host, monkeypatch), tmp_path / "zips"
+    (name, content), = archives.items()
+    zips.mkdir()
+    command = ["ade20k", "--root", str(tmp_path / "data"), "--source", str(zips)]
+    if damage == "broken mask":
+        with zipfile.ZipFile(io.BytesIO(content)) as file:
+            members = {n: file.read(n) for n in file.namelist()}
+        broken = next(n for n in members if n.endswith("val_00000002.png"))
+        content = archive("zip", members | {broken: members[broken][:60]})
+    (zips / name).write_bytes({"truncated zip": content[:-400], "no zip": b"<html>"}.get(
+        damage, content))
+    if damage == "a file in its place":
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data/ade20k").write_text("")
+    command[4] = str(tmp_path / "nowhere") if damage == "no such source" else command[4]
+    command[1] = "--rot" if damage == "wrong arguments" else command[1]
+    assert data_prep.main(command) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("data_prep.py: ") and len(shown.splitlines()) == 1
+    assert not (tmp_path / "data/ade20k").is_dir()
 
 
 def test_a_mirror_given_by_hand_comes_first(host, monkeypatch, tmp_path):
@@ -1095,15 +1147,15 @@ def test_the_authors_cityscapes_checkpoint_brings_its_protocol(small_clip, tmp_p
 
 def test_predictions_for_the_cityscapes_server_have_its_numbers(tmp_path):
     entry = ("leftImg8bit/test/rom/rom_000006_000019_leftImg8bit.png", None)
-    folder = SimpleNamespace(classes=data_prep.PUBLISHED_CLASSES["cityscapes"], val=[], test=[],
+    folder = SimpleNamespace(classes=data_prep.CLASSES["cityscapes"], val=[], test=[],
                              secret=[entry])
     write = data_prep.server_files(tmp_path / "out", folder)
     write(entry, torch.arange(19).reshape(1, 19))
     with Image.open(tmp_path / "out/rom_000006_000019_leftImg8bit.png") as picture:
         assert picture.mode == "P"
         assert np.array(picture).tolist() == [list(data_prep.CITYSCAPES_IDS)]
-        road = picture.convert("RGB").getpixel((0, 0))
-    assert road == tuple(data_prep.palette(list(folder.classes))[0])
+        shown = np.array(picture.convert("RGB"))[0]
+    assert np.array_equal(shown, data_prep.palette(list(folder.classes))[:19])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1503,6 +1555,42 @@ def spoil(folder: Path, what: str) -> str:
     elif what == "a picture to predict that is none":
         save_checkpoint(folder)
         command = f"--predict {folder}/last.pt {folder}/dataset.json"
+    elif what == "a picture of 16 bits":
+        Image.fromarray(np.zeros((64, 64), np.uint16)).save(folder / "images/4.png")
+    elif what == "an empty name of a checkpoint":
+        command = "--eval="
+    elif what == "windows with gaps in a prediction":
+        save_checkpoint(folder)
+        command = f"--predict {folder}/last.pt {folder}/images/0.png --stride 1000"
+    elif what == "a state dict that is none":
+        torch.save({"state_dict": [1]}, folder / "x.pt")
+        command = command.replace("--clip-weights none", f"--clip-weights {folder}/x.pt")
+    elif what == "a checkpoint without weights":
+        torch.save({"model": None}, folder / "x.pt")
+        command = f"--eval {folder}/x.pt"
+    elif what == "a CLIP from the hub":
+        command = command.replace("--clip toy", "--clip hf-hub:someone/something")
+    elif what == "a CLIP with a foreign text tower":
+        command = command.replace("--clip toy", "--clip roberta-ViT-B-32")
+    elif what == "resume from the best":
+        save_checkpoint(folder)
+        content = data_prep.load_file(folder / "last.pt")
+        torch.save({k: content[k] for k in ("config", "classes", "model", "step")},
+                   folder / "last.pt")
+        command = f"--resume {folder}"
+    elif what == "resume with the classes in another order":
+        save_checkpoint(folder)
+        content = json.loads((folder / "dataset.json").read_text())
+        content["classes"].reverse()
+        (folder / "dataset.json").write_text(json.dumps(content))
+        command = f"--resume {folder}"
+    elif what == "an unmasked test image that is missing":
+        save_checkpoint(folder)
+        (folder / "splits/test.txt").write_text("images/99.png")
+        command = f"--eval {folder}/last.pt --save-predictions {folder}/png"
+    elif what == "evaluation on other classes than VOC's":
+        save_checkpoint(folder)
+        command = f"--eval {folder}/last.pt --dataset voc"
     elif what == "two pictures of the same name":
         save_checkpoint(folder)
         command = f"--predict {folder}/last.pt {folder}/images/0.png {folder}/masks/0.png"
@@ -1623,6 +1711,30 @@ def test_a_signal_ends_a_run_after_saving(where, number, whole, tmp_path, monkey
     assert digest_of(stopped) == digest_of(whole)
     results = [json.loads((run / "result.json").read_text()) for run in (stopped, whole)]
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_a_lack_of_memory_is_told_in_one_line(error, folder, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(semivl.Training, "train_step", fail)
+    assert semivl.main(long_run(folder, tmp_path / "run", workers=2)) == 2
+    assert "take a smaller --micro-batch" in capsys.readouterr().err.splitlines()[-1]
+    assert not multiprocessing.active_children()
+
+
+def test_a_resumed_log_is_the_uninterrupted_one(whole):
+    """The means at an evaluation count the steps before the stop too."""
+    lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    run = small_run(whole.parent / "pictures", out=str(whole.parent / "copy"), steps=12)
+    (whole.parent / "copy").mkdir()
+    (whole.parent / "copy/log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run.step = 7  # step 4 was evaluated: 5, 6 and 7 count
+    with data_prep.RunLog(run) as log:
+        assert log.count == 3
+        assert log.sums["total"] == pytest.approx(sum(
+            line["total"] for line in lines if line["step"] in (5, 6, 7)))
 
 
 def test_a_full_disk_loses_nothing_that_was_saved(folder, tmp_path, capsys):
