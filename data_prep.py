@@ -1132,7 +1132,7 @@ def explain(error: Exception) -> str:
     """One line for what a user can mend; anything else is raised again."""
     text = str(error).strip()
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
-        return "out of memory: take a smaller --micro-batch (the result is the same) or --crop"
+        return "out of memory: take a smaller --micro-batch or --crop"
     if "DataLoader worker" in text:
         return f"a loader process died ({text.splitlines()[0]}): take fewer --workers"
     if isinstance(error, RuntimeError):
@@ -1501,8 +1501,12 @@ def random_batch(cfg) -> dict:
                          padding=torch.zeros(B, side, side, dtype=torch.bool), files=["noise"] * B)
 
 
-def benchmark(cfg, classes: dict, training, pictures, segment, steps: int = 3) -> dict:
-    """Times steps, an evaluation window and the loader. training, pictures, segment: of semivl."""
+def benchmark(cfg, classes: dict, training, pictures, segment, steps: int = 3) -> None:
+    """Prints, as JSON, what steps, an evaluation window and the loader cost.
+
+    classes: as for `open_data`; training, pictures, segment: Training, TrainingPictures, segment.
+    """
+    classes = classes.get(cfg.dataset) or open_data(cfg, classes).classes
     entry = ("a.jpg", "a.png")
     folder = types.SimpleNamespace(classes=classes, labelled=[entry], unlabelled=[entry])
     cfg = dataclasses.replace(cfg, clip_weights="none", conv_weights="none", steps=1000)
@@ -1530,7 +1534,7 @@ def benchmark(cfg, classes: dict, training, pictures, segment, steps: int = 3) -
     median = {name: statistics.median(p[name] for p in phases) for name in phases[0]}
     median["losses, CutMix, rest"] = statistics.median(totals) - sum(median.values())
     bf16 = autocast(cfg, run.device)._enabled
-    return dict(
+    print(json.dumps(dict(
         device=str(run.device), dtype="bfloat16 autocast" if bf16 else "float32",
         threads=torch.get_num_threads(), torch=torch.__version__, classes=len(classes),
         crop=cfg.crop, images_per_step=f"{cfg.batch} labelled + {cfg.batch} unlabelled",
@@ -1538,7 +1542,8 @@ def benchmark(cfg, classes: dict, training, pictures, segment, steps: int = 3) -
         seconds_per_step=dict(min=min(totals), median=statistics.median(totals), max=max(totals)),
         seconds_per_phase=median, images_per_second=2 * cfg.batch / statistics.median(totals),
         peak_memory=memory, parameters_trained=trained, parameters_held=sum(held.values()),
-        seconds_per_evaluation_window=evaluation, loader=time_loader(cfg, classes, pictures))
+        seconds_per_evaluation_window=evaluation,
+        loader=time_loader(cfg, classes, pictures)), indent=1))
 
 
 def time_loader(cfg, classes: dict, pictures, seconds: float = 4.0) -> dict:

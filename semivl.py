@@ -15,13 +15,14 @@ A few images with masks, many without, and a CLIP that has read the names of the
               |                               |          |                    |
        cross-entropy(y)       cross-entropy with the teacher's and with frozen CLIP's labels
 
-    teacher, student and frozen CLIP are one ViT (shared tensors where nothing trains)
+    teacher, student and frozen CLIP: three copies of one ViT that share what nobody trains
 
     python semivl.py                                       the built-in toy world: minutes, a CPU
     python semivl.py --dataset FOLDER --labels 8           your own pictures (README.md)
     python semivl.py --dataset voc --labels 92             the published protocol
     python semivl.py --eval runs/toy-4/last.pt             IoU per class of a checkpoint
     python semivl.py --predict runs/toy-4/last.pt a.png    palette PNG and overlay of a picture
+    python semivl.py --benchmark --dataset voc             seconds and memory of a step
 
 Letters for shapes, in every comment below:
     B images, N classes, K concepts, H x W image, P patch, h = ceil(H/P), w = ceil(W/P), D width of
@@ -99,7 +100,7 @@ class Config:
     steps: int = setting("training", 0, "optimiser steps; 0: by epochs")
     epochs: int = setting("training", 80, "or length in passes over unlabelled images", low=1)
     batch: int = setting("training", 8, "labelled images a step, and as many unlabelled", low=1)
-    micro_batch: int = setting("training", 2, "of these at a time (gradients add up)", low=1)
+    micro_batch: int = setting("training", 2, "of these at a time; a loss is their mean", low=1)
     lr: float = setting("training", 1e-3, "learning rate of the decoder")
     vit_lr: float = setting("training", 1e-6, "learning rate of the ViT, and of conv_skip")
     weight_decay: float = setting("training", 0.01, "AdamW's, on everything that trains")
@@ -131,7 +132,8 @@ PRESETS = {
         conv_skip=True, decoder_text="mean", weighting="mean", window="probabilities", stride=534),
 }
 
-STREAM = 1_000_003  # keeps the random numbers of neighbouring seeds apart
+# Item i of the data and step i of the training draw their random numbers with seed * STREAM + i.
+STREAM = 1_000_003
 IGNORE = data_prep.IGNORE  # 255, "no label" in every mask, whatever a folder's files call it
 
 # ----------------------------------------------------------------------------------------------
@@ -188,6 +190,12 @@ def describe_classes(clip, classes: dict[str, list[str]], cfg: Config) -> Langua
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
+class QuickGELU(nn.Module):
+    """open_clip's x * sigmoid(1.702 x), of which the backward pass keeps one tensor, not two."""
+
+    def forward(self, x):
+        return F.silu(1.702 * x).mul_(1 / 1.702)
+
 
 def value_path(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A pre-norm transformer block whose attention looks only at the token itself. [B, T, D]."""
@@ -238,12 +246,11 @@ class DenseCLIP(nn.Module):
         position = visual.positional_embedding.detach()
         position = resize_position(position, tuple(visual.grid_size), self.grid)
         visual.positional_embedding = nn.Parameter(position.clone())
-        if authors:
-            for module in visual.modules():
-                if isinstance(module, nn.LayerNorm):
-                    module.eps = 1e-6
-                if hasattr(module, "gelu"):
-                    module.gelu = nn.GELU()
+        for module in visual.modules():
+            if authors and isinstance(module, nn.LayerNorm):
+                module.eps = 1e-6
+            if isinstance(getattr(module, "gelu", None), open_clip.transformer.QuickGELU):
+                module.gelu = nn.GELU() if authors else QuickGELU()
         self.statistics = statistics
 
     def encode(self, images: torch.Tensor, last_attention: bool = False):
@@ -292,8 +299,7 @@ class DenseCLIP(nn.Module):
 def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
     """Sets what trains in the ViT: "spatial" (attention, position embedding), "all" or "none".
 
-    ViT-B/16 at 512: spatial trains 29.1 of 86.8 million values, in 49 tensors.
-    """
+    ViT-B/16 at 512: spatial trains 29.1 of 86.8 million values, in 49 tensors."""
     for name, tensor in clip.named_parameters():
         spatial = ".attn." in name or name.endswith("positional_embedding")
         tensor.requires_grad_(mode == "all" or (mode == "spatial" and spatial))
@@ -304,8 +310,7 @@ def copy_trained(module: nn.Module) -> nn.Module:
     """A frozen twin with its own copy of the parameters that train, and the very same frozen ones.
 
     Teacher and guidance need yesterday's weights; two thirds of CLIP have no yesterday. Move the
-    module to its device first: moving later would part what is shared.
-    """
+    module to its device first: moving later would part what is shared."""
     # deepcopy takes what `memo` already holds for an object instead of copying it.
     shared = {id(p): p for p in module.parameters() if not p.requires_grad}
     return copy.deepcopy(module, memo=shared).requires_grad_(False).eval()
@@ -328,14 +333,13 @@ def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=group_norm):
     """Convolution that keeps the size, without bias (the norm has one), norm, ReLU."""
     pad = dilation * (kernel // 2)
     conv = nn.Conv2d(c_in, c_out, kernel, padding=pad, dilation=dilation, bias=False)
-    return nn.Sequential(conv, norm(c_out), nn.ReLU())
+    return nn.Sequential(conv, norm(c_out), nn.ReLU(inplace=True))  # the norm keeps its input
 
 
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling (DeepLab): one map seen at five fields of view.
 
-    [B, c_in, h, w] -> [B, c_out, h, w]; each of the five branches has `width` channels.
-    """
+    [B, c_in, h, w] -> [B, c_out, h, w]; each of the five branches has `width` channels."""
 
     def __init__(self, c_in: int, width: int, c_out: int, norm=group_norm):
         super().__init__()
@@ -354,8 +358,7 @@ class SemanticReasoning(nn.Module):
     """Classes against each other: at each place a transformer layer whose tokens are the classes.
 
     x [B, N, C, h, w], text [N, C] -> [B, N, C, h, w]. A "boat" on what "road" claims is unlikely;
-    the text tells the layer which class each token is, without a weight that belongs to one.
-    """
+    the text tells the layer which class each token is, without a weight that belongs to one."""
 
     def __init__(self):
         super().__init__()
@@ -382,8 +385,7 @@ def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """How similar is each place to each text? dense [B, E, h, w], text [N, E] -> [B, N, h, w].
 
     Both sides are normalised here, dense a second time: feature dropout changes its length. float32
-    even under autocast: bf16 knows cosines to 0.002 only, and guidance multiplies them by 100.
-    """
+    even under autocast: bf16 knows cosines to 0.002 only, and guidance multiplies them by 100."""
     with torch.autocast(dense.device.type, enabled=False):
         dense, text = F.normalize(dense.float(), dim=1), F.normalize(text.float(), dim=1)
         return torch.einsum("behw,ne->bnhw", dense, text)
@@ -392,8 +394,7 @@ def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
 class UpStage(nn.Module):
     """Twice the resolution, with detail from a skip map that all classes share.
 
-    x [B*N, c_in, a, b], skip [B, c_skip, ., .] -> [B*N, c_out, 2a, 2b].
-    """
+    x [B*N, c_in, a, b], skip [B, c_skip, ., .] -> [B*N, c_out, 2a, 2b]."""
 
     def __init__(self, c_in: int, c_skip: int, c_out: int):
         super().__init__()
@@ -401,10 +402,15 @@ class UpStage(nn.Module):
         self.convs = nn.Sequential(conv_norm_relu(c_in, c_out, 3), conv_norm_relu(c_out, c_out, 3))
 
     def forward(self, x, skip):
-        x = self.up(x)
+        x = self.up(x)  # [B*N, c_in - c_skip, 2a, 2b]
         skip = F.interpolate(skip, x.shape[2:], mode="bilinear", align_corners=True)
-        skip = skip.repeat_interleave(len(x) // len(skip), dim=0)  # [B*N, c_skip, 2a, 2b]
-        return self.convs(torch.cat([x, skip], dim=1))
+        # A convolution of [x, skip] is one of x plus one of the skip, and the latter is the same
+        # for all classes: once per image instead of N times, and nothing to concatenate.
+        (conv, norm, relu), second = self.convs
+        x_weight, skip_weight = conv.weight.split([x.shape[1], skip.shape[1]], dim=1)
+        skip = F.conv2d(skip, skip_weight, padding=1).unsqueeze(1)  # [B, 1, c_out, 2a, 2b]
+        x = F.conv2d(x, x_weight, padding=1).unflatten(0, (len(skip), -1)) + skip
+        return second(relu(norm(x.flatten(0, 1))))
 
 
 class LanguageGuidedDecoder(nn.Module):
@@ -430,6 +436,7 @@ class LanguageGuidedDecoder(nn.Module):
         self.up1 = UpStage(C, 32, 64)
         self.up2 = UpStage(64, shallow_width, 32)
         self.head = nn.Conv2d(32, 1, 3, padding=1)
+        self.to(memory_format=torch.channels_last)  # in which these convolutions are faster
 
     def spatial_reasoning(self, similarity):
         """Each class alone: [B, N, h, w] -> [B, N, C, h, w]."""
@@ -460,8 +467,7 @@ class VisionDecoder(nn.Module):
     """The baseline without language: DeepLabV3+ on the same ViT, as in UniMatch.
 
     Same arguments as the language-guided decoder's forward (the text is not looked at), but the
-    last layer has N fixed outputs, learned from the few labels alone. Logits [B, N, h, w].
-    """
+    last layer has N fixed outputs, learned from the few labels alone. Logits [B, N, h, w]."""
 
     def __init__(self, embed_dim: int, skip_dim: int, classes: int, width: int = 64):
         super().__init__()
@@ -500,8 +506,7 @@ class SemiVL(nn.Module):
         """[B, 3, H, W], normalised -> logits [B, N, H, W].
 
         The last `perturb` images of the batch get feature perturbation: half of the channels of
-        the dense embedding and of each skip map are dropped, as whole maps (UniMatch).
-        """
+        the dense embedding and of each skip map are dropped, as whole maps (UniMatch)."""
         dense, (shallow, deep) = self.clip(images)
         if self.conv is not None:
             (shallow,) = self.conv(images)
@@ -555,8 +560,7 @@ class EMATeacher:
     """Mean teacher: an exponential moving average of the student makes the pseudo-labels.
 
     It is steadier than the student, and it is the model that is evaluated and saved. With decay
-    0 it is the student itself, the authors' self-teaching.
-    """
+    0 it is the student itself, the authors' self-teaching."""
 
     def __init__(self, student: nn.Module, decay: float = 0.996):
         self.model, self.decay = copy_trained(student), decay
@@ -570,8 +574,7 @@ class EMATeacher:
     def update(self, student: nn.Module, step: int) -> None:
         """teacher = decay * teacher + (1 - decay) * student, after optimiser step `step` (from 0).
 
-        The decay grows from 0, so that the random initial decoder is forgotten at once.
-        """
+        The decay grows from 0, so that the random initial decoder is forgotten at once."""
         decay = min(1 - 1 / (step + 1), self.decay)
         for mine, theirs in zip(self.model.parameters(), student.parameters()):
             if theirs.requires_grad:
@@ -620,8 +623,7 @@ def random_size(height: int, width: int, cfg: Config) -> list[int]:
     """A random size for an image, keeping its aspect; r is uniform in [scale_min, scale_max].
 
     With `fit`, as large as goes into (4 crop r) x (crop r), long and short side: at a crop of 512
-    and r = 1, 500 x 375 becomes 683 x 512. Otherwise the long side becomes r times itself.
-    """
+    and r = 1, 500 x 375 becomes 683 x 512. Otherwise the long side becomes r times itself."""
     long, short = max(height, width), min(height, width)
     if cfg.fit:
         r = float(torch.empty(()).uniform_(cfg.scale_min, cfg.scale_max))
@@ -633,8 +635,7 @@ def random_size(height: int, width: int, cfg: Config) -> list[int]:
 def scale_crop_flip(image: torch.Tensor, mask: torch.Tensor, cfg: Config):
     """Random scale, crop and flip: uint8 [3, ., .], [., .] -> [3, crop, crop], [crop, crop].
 
-    A small image is padded at the right and bottom: black, mask IGNORE.
-    """
+    A small image is padded at the right and bottom: black, mask IGNORE."""
     crop, size = cfg.crop, random_size(*mask.shape, cfg)
     image = VF.resize(image, size, antialias=True)
     # Careful: torchvision's NEAREST is off by half a pixel; NEAREST_EXACT is PIL's.
@@ -648,7 +649,7 @@ def scale_crop_flip(image: torch.Tensor, mask: torch.Tensor, cfg: Config):
     return image, mask[0]
 
 
-strong_view = v2.Compose([
+strong_view = v2.Compose([  # all numbers here and in cutmix_box are UniMatch's
     v2.RandomApply([v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)], 0.8),
     v2.RandomGrayscale(0.2),
     v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], 0.5),
@@ -668,19 +669,20 @@ def cutmix_box(size: int) -> torch.Tensor:
             return torch.tensor([top, left, top + height, left + width])
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=4)  # two lists, each at the border of two epochs
 def shuffled(length: int, *seed: int) -> np.ndarray:
     """A random order of `length` things, the same for the same seed."""
     return np.random.default_rng(seed).permutation(length)
 
 
 class TrainingPictures(Dataset):
-    """Item i is all that position i of a run needs: one labelled and one unlabelled image.
+    """Item i is all that position i of a run needs: one labelled and one unlabelled image. Lists
+    hold entries (image file, mask file or None). Items: x, w, s1, s2 uint8 [3, crop, crop]; y uint8
+    and padding bool [crop, crop]; box1, box2 [4]; files, a string.
 
     Order and augmentation are functions of (seed, i) alone, so a run is the same with any number
     of workers, and a resumed run goes on where it stopped. Each list is shuffled anew whenever it
-    has been gone through; the labelled one, being short, comes round more often.
-    """
+    has been gone through; the labelled one, being short, comes round more often."""
 
     def __init__(self, folder, labelled: list, unlabelled: list, cfg: Config, length: int):
         self.folder, self.cfg, self.length = folder, cfg, length
@@ -706,7 +708,7 @@ class TrainingPictures(Dataset):
                 entry = self.pick("unlabelled", i)
                 image = self.folder.image(entry)
                 blank = torch.zeros(image.shape[1:], dtype=torch.uint8)
-                w, blank = scale_crop_flip(image, blank, cfg)
+                w, blank = scale_crop_flip(image, blank, cfg)  # IGNORE where it is padded
                 item.update(
                     w=w, s1=strong_view(w), s2=strong_view(w), padding=blank == IGNORE,
                     box1=cutmix_box(cfg.crop), box2=cutmix_box(cfg.crop),
@@ -734,8 +736,7 @@ class Targets(NamedTuple):
 def make_targets(teacher, guidance, w, padding) -> Targets:
     """Pseudo-labels and guidance labels (`guidance` may be None) of weak views w [B, 3, H, W].
 
-    padding [B, H, W] is True where there is no image.
-    """
+    padding [B, H, W] is True where there is no image."""
     confidence, label = teacher(w).softmax(1).max(1)
     guide = guidance.labels(w) if guidance else torch.full_like(label, IGNORE)
     return Targets(label, confidence, padding, guide.masked_fill(padding, IGNORE))
@@ -745,11 +746,10 @@ def cutmix(images: torch.Tensor, targets: Targets, box: torch.Tensor):
     """Pastes each image's box [B, 4] from its partner, with everything known about those pixels.
 
     The partner is the image at the mirrored place of the batch, so that each image is loaded and
-    predicted once. The middle one of an odd batch is its own partner: then nothing changes.
-    """
+    predicted once. The middle one of an odd batch is its own partner: then nothing changes."""
     rows = torch.arange(images.shape[2], device=images.device)[None, :, None]
     cols = torch.arange(images.shape[3], device=images.device)[None, None, :]
-    top, left, bottom, right = box.view(-1, 4, 1, 1).unbind(1)
+    top, left, bottom, right = box.view(-1, 4, 1, 1).unbind(1)  # each [B, 1, 1]
     inside = (rows >= top) & (rows < bottom) & (cols >= left) & (cols < right)  # [B, H, W]
     mixed = targets.map(lambda t: torch.where(inside, t.flip(0), t))
     return torch.where(inside.unsqueeze(1), images.flip(0), images), mixed
@@ -766,8 +766,7 @@ def consistency_loss(logits, targets: Targets, conf: float = 0.95, weighting: st
 
     logits [B, N, H, W]. "pixel" keeps confident pixels only; "mean" weighs every pixel by its
     image's mean confidence; "share" by the share of its pixels that are confident. The divisor
-    counts kept and dropped pixels alike, so unsure images have a small say.
-    """
+    counts kept and dropped pixels alike, so unsure images have a small say."""
     valid = ~targets.padding
     loss = F.cross_entropy(logits, targets.label, reduction="none")  # [B, H, W]
     weight = targets.confidence if weighting == "mean" else (targets.confidence >= conf).float()
@@ -785,11 +784,11 @@ def guidance_loss(logits, targets: Targets):
 
 
 def semivl_loss(student, x, y, views, cfg: Config, guidance_weight: float) -> dict:
-    """One forward of the student and all seven losses:
+    """One forward of the student and all seven losses (fp: w with feature perturbation):
 
-        (x + (s1 + s2 + 2 fp) / 4) / 2 + guidance_weight (guide_s1 + guide_s2 + 2 guide_fp) / 4
+        (L_x + (L_s1 + L_s2 + 2 L_fp) / 4) / 2 + guidance_weight (G_s1 + G_s2 + 2 G_fp) / 4
 
-    Labelled and unlabelled images share the first half evenly; guidance has a weight of its own.
+    UniMatch's weights: labelled and unlabelled count alike, fp as much as both strong views.
 
     Args:
         x, y: labelled images [B, 3, H, W] and masks [B, H, W].
@@ -799,19 +798,20 @@ def semivl_loss(student, x, y, views, cfg: Config, guidance_weight: float) -> di
         dict of scalars: "total" to minimise, and its parts.
     """
     images = torch.cat([x] + [view for view, _ in views])
+    # Four (without views: one) of [B, N, H, W].
     logits = student(images, perturb=len(x) if views else 0).split(len(x))
     losses = {"x": supervised_loss(logits[0], y)}
     if not views:
         return losses | {"total": losses["x"]}
 
-    consistency = guidance = 0.0
+    consistency = guide = 0.0
     names, weights = ("s1", "s2", "fp"), (0.25, 0.25, 0.5)
     for name, weight, view_logits, (_, targets) in zip(names, weights, logits[1:], views):
         losses[name] = consistency_loss(view_logits, targets, cfg.conf, cfg.weighting)
         losses[f"guide_{name}"] = guidance_loss(view_logits, targets)
         consistency = consistency + weight * losses[name]
-        guidance = guidance + weight * losses[f"guide_{name}"]
-    losses["total"] = (losses["x"] + consistency) / 2 + guidance_weight * guidance
+        guide = guide + weight * losses[f"guide_{name}"]
+    losses["total"] = (losses["x"] + consistency) / 2 + guidance_weight * guide
     return losses
 
 
@@ -873,8 +873,7 @@ def iou_per_class(matrix: torch.Tensor) -> torch.Tensor:
 def evaluate(model, folder, entries, cfg: Config, device, title="evaluate", keep=None):
     """IoU per class [N], percent, of a model (images -> logits) over images with masks.
 
-    `keep(entry, prediction [H, W])` is called for each image, also for those without a mask.
-    """
+    `keep(entry, prediction [H, W])` is called for each image, also for those without a mask."""
     matrix = torch.zeros(len(folder.classes), len(folder.classes), dtype=torch.long)
     for entry in tqdm(entries, desc=title, leave=False, disable=None):
         prediction = segment(model, folder.image(entry), cfg, device).argmax(0).cpu()
@@ -895,10 +894,12 @@ def learning_rate(base: float, step: int, steps: int) -> float:
 
 def make_optimizer(student: SemiVL, cfg: Config) -> torch.optim.AdamW:
     """AdamW with two rates: the decoder starts from nothing, the ViT must not run away."""
-    trained = [(name.startswith("decoder."), p) for name, p in student.named_parameters()
-               if p.requires_grad]
-    groups = [dict(params=[p for mine, p in trained if mine == decoder], lr=lr, base_lr=lr)
-              for decoder, lr in ((True, cfg.lr), (False, cfg.vit_lr))]
+    new, pretrained = [], []  # the decoder; the ViT and the convolutional skip
+    for name, p in student.named_parameters():
+        if p.requires_grad:
+            (new if name.startswith("decoder.") else pretrained).append(p)
+    groups = [dict(params=params, lr=lr, base_lr=lr)  # lr will fall from base_lr
+              for params, lr in ((new, cfg.lr), (pretrained, cfg.vit_lr))]
     return torch.optim.AdamW(groups, weight_decay=cfg.weight_decay)
 
 
@@ -914,16 +915,20 @@ class Training:
         self.cfg, self.folder, self.device = cfg, folder, device
         self.student = student.to(device).train()
         frozen = copy_trained(self.student.clip)  # CLIP as it is before the first step
-        self.frozen_names, self.guidance = (
-            FrozenGuidance(frozen, text, owner, cfg.guidance_conf).to(device) for text, owner in (
-                (language.names, torch.arange(len(language.names))),
-                (language.concepts, language.owner)))
+
+        def guide(text, owner):
+            return FrozenGuidance(frozen, text, owner, cfg.guidance_conf).to(device)
+
+        self.guidance = guide(language.concepts, language.owner)
+        self.frozen_names = guide(language.names, torch.arange(len(language.names)))  # to compare
         self.teacher = EMATeacher(self.student, cfg.ema)
         self.optimizer = make_optimizer(self.student, cfg)
         # Without unlabelled images a run is as long as with them, or it could not be compared.
-        epoch = len(folder.unlabelled or folder.labelled)
-        self.steps = cfg.steps or math.ceil(cfg.epochs * epoch / cfg.batch)
-        self.step, self.evaluated, self.last, self.best = 0, 0, -1.0, -1.0
+        images = len(folder.unlabelled or folder.labelled)
+        self.steps = cfg.steps or math.ceil(cfg.epochs * images / cfg.batch)
+        self.step, self.evaluated = 0, 0  # steps done; steps done at the last evaluation
+        self.last = self.best = -1.0  # validation mIoU of the teacher, percent; -1: none yet
+        # Pixels with an accepted pseudo-label of each class since the last evaluation, [N].
         self.accepted = torch.zeros(len(folder.classes), dtype=torch.long, device=device)
 
     def batches(self) -> DataLoader:
@@ -937,11 +942,12 @@ class Training:
             num_workers=data_prep.loaders(cfg.workers), pin_memory=self.device.type == "cuda")
 
     def train_step(self, batch: dict) -> dict:
-        """One optimiser step on `cfg.batch` labelled and as many unlabelled images -> scalars for
-        the log. A loss that is not finite ends the run before it does harm."""
-        cfg, m = self.cfg, self.cfg.micro_batch
+        """One optimiser step on a batch of `batches` -> scalars for the log. UserError, before
+        any weight changes, if the loss is not finite."""
+        cfg = self.cfg
         torch.manual_seed(cfg.seed * STREAM + self.step)  # so a resumed run drops the same maps
-        chunks = [slice(i, i + m) for i in range(0, cfg.batch, m)]
+        chunks = [slice(i, i + cfg.micro_batch) for i in range(0, cfg.batch, cfg.micro_batch)]
+        # Falls to 0: frozen CLIP helps until the student knows better.
         guidance_weight = cfg.guidance * (1 - self.step / self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(group["base_lr"], self.step, self.steps)
@@ -954,22 +960,18 @@ class Training:
             w, s1, s2 = (normalize(data[name], cfg) for name in ("w", "s1", "s2"))
             guidance = self.guidance if cfg.guidance else None
             with data_prep.autocast(cfg, self.device):
-                parts = [make_targets(self.teacher, guidance, w[c], data["padding"][c])
-                         for c in chunks]
-            targets = Targets(*map(torch.cat, zip(*parts)))
+                parts = [make_targets(self.teacher, guidance, w[chunk], data["padding"][chunk])
+                         for chunk in chunks]
+            targets = Targets(*map(torch.cat, zip(*parts)))  # [B, H, W]: partners cross chunks
             views = [cutmix(s1, targets, data["box1"]), cutmix(s2, targets, data["box2"]),
                      (w, targets)]
-            pixels = (~targets.padding).sum().clamp(min=1)  # the two shares are for the log
-            kept = (targets.confidence >= cfg.conf) & ~targets.padding
-            log["kept"] = float(kept.sum() / pixels)
-            log["guided"] = float((targets.guide != IGNORE).sum() / pixels)
-            self.accepted += targets.label[kept].bincount(minlength=len(self.accepted))
+            log = self.tally(targets)
 
-        # Student: the gradients of equal micro-batches add up to that of their mean.
-        for c in chunks:
-            part = [(view[c], goal.map(lambda t: t[c])) for view, goal in views]
+        # Student, by micro-batches. Each loss is a mean over its own micro-batch's pixels.
+        for chunk in chunks:
+            part = [(view[chunk], t.map(lambda t: t[chunk])) for view, t in views]
             with data_prep.autocast(cfg, self.device):
-                losses = semivl_loss(self.student, x[c], y[c], part, cfg, guidance_weight)
+                losses = semivl_loss(self.student, x[chunk], y[chunk], part, cfg, guidance_weight)
             (losses["total"] / len(chunks)).backward()
             for name, loss in losses.items():
                 log[name] = log.get(name, 0.0) + float(loss.detach()) / len(chunks)
@@ -983,12 +985,20 @@ class Training:
         self.step += 1
         return log
 
+    def tally(self, targets: Targets) -> dict:
+        """For the log: shares of true pixels with a confident pseudo-label, with a guide label."""
+        pixels = (~targets.padding).sum().clamp(min=1)
+        kept = (targets.confidence >= self.cfg.conf) & ~targets.padding
+        self.accepted += targets.label[kept].bincount(minlength=len(self.accepted))
+        guided = (targets.guide != IGNORE).sum()
+        return dict(kept=float(kept.sum() / pixels), guided=float(guided / pixels))
+
     def miou(self, model, entries: list, title: str) -> float:
         """mIoU in percent of the teacher, the student or frozen CLIP."""
         return float(evaluate(model, self.folder, entries, self.cfg, self.device, title).nanmean())
 
     def validate(self) -> tuple[float, float]:
-        """mIoU of teacher and student."""
+        """Validation mIoU, percent, of teacher and student (the same model with ema 0)."""
         teacher = student = self.miou(self.teacher, self.folder.val, "validation, teacher")
         if self.cfg.ema:
             student = self.miou(self.student.eval(), self.folder.val, "validation, student")
@@ -996,9 +1006,8 @@ class Training:
         return teacher, student
 
     def record(self, teacher: float, student: float) -> dict:
-        """Takes note of an evaluation, writes best.pt; returns a line for the log. It tells also
-        what classes the accepted pseudo-labels had since the last time: where accuracy falls
-        after a peak, one class has often taken over."""
+        """Stores an evaluation (mIoU, percent), writes best.pt -> its line for the log, with the
+        classes' shares of the accepted pseudo-labels: if mIoU falls, one may have taken over."""
         shares = (self.accepted / self.accepted.sum().clamp(min=1)).tolist()
         self.accepted.zero_()
         self.evaluated, self.last = self.step, teacher
@@ -1044,16 +1053,17 @@ def train(cfg: Config, resume: dict | None = None) -> None:
     if not run.step:
         run.save("last.pt", resumable=True)  # a full disk is found now, and not in an hour
         few = folder.val[:100]  # the sanity check that CLIP's weights and the class names are right
-        a, b = (run.miou(m, few, "frozen CLIP") for m in (run.frozen_names, run.guidance))
-        print(f"frozen     CLIP has {a:.1f} mIoU by class names, {b:.1f} by definitions "
+        names, concepts = (run.miou(m, few, "frozen") for m in (run.frozen_names, run.guidance))
+        print(f"frozen     CLIP has {names:.1f} mIoU by class names, {concepts:.1f} by definitions "
               f"({len(few)} validation images)", flush=True)
 
-    every, batches = math.ceil(run.steps / cfg.evals), iter(run.batches())
+    every = math.ceil(run.steps / cfg.evals)  # steps between evaluations
+    batches = iter(run.batches())
     with data_prep.RunLog(run) as log, data_prep.StopSignals() as stop:
         try:
             while run.evaluated < run.steps:
-                due = run.step % every == 0 or run.step == run.steps
-                if due and run.evaluated < run.step:
+                # A run that was stopped while it evaluated does so first when it is resumed.
+                if run.evaluated < run.step and (run.step % every == 0 or run.step == run.steps):
                     scores = run.validate()
                     with stop.held():  # what stands here is finished before a signal has its way
                         log.evaluation(run.record(*scores))
@@ -1080,8 +1090,9 @@ def train(cfg: Config, resume: dict | None = None) -> None:
 def load_authors_checkpoint(state_dict: dict, text: torch.Tensor, heads: int | None = None):
     """The authors' weights (the "model" entry of their file) as a SemiVL model in eval mode.
 
-    text: [N, 512], one embedding a class (section 2). heads: of the ViT; its width / 64 by default.
-    KeyError or RuntimeError if tensors are missing, or too many.
+    text: [N, E], `describe_classes(...).decoder_text` (for Cityscapes with decoder_text="mean").
+    heads: of the ViT; its width / 64 by default. Images come with IMAGENET_STATS. Tensors that
+    are missing, too many or misshapen raise KeyError, RuntimeError or ValueError.
 
         file = torch.load("best.pth", map_location="cpu", weights_only=True)
         model = load_authors_checkpoint(file["model"], text)
@@ -1095,25 +1106,9 @@ def load_authors_checkpoint(state_dict: dict, text: torch.Tensor, heads: int | N
     return model.eval()
 
 
-# ----------------------------------------------------------------------------------------------
-# 12. Command line
-
-def load_checkpoint(file: str, typed: dict) -> tuple[SemiVL, Config, list[str]]:
-    """A checkpoint -> model in eval mode, settings with those typed, names of the classes. Ours
-    holds the EMA teacher and its settings; the authors' (recognised by its names) tensors only."""
-    content = data_prep.load_file(file)
-    free = ["dataset", "root", "stride", "window", "device", "out"]
-    weights = data_prep.tensors_of(content.get("model", {}), file)
-    if "config" in content and "text" in weights:
-        data_prep.allow_only(typed, file, *free)
-        typed = dict(device="auto", out="") | typed
-        cfg = data_prep.settings_of(content, Config, file, typed, "classes")
-        data_prep.check_settings(cfg, training=False)
-        model = assemble(cfg, data_prep.empty_clip(cfg.clip).visual, weights["text"])
-        data_prep.load_strictly(model, weights, file, "the model that its settings describe")
-        return model.eval(), cfg, list(content["classes"])
-    if not any("decode_head." in name for name in weights):
-        raise UserError(f"{file}: not a checkpoint of this program, nor of the authors'")
+def load_authors_file(file: str, weights: dict, typed: dict, free: list[str]):
+    """What `load_checkpoint` returns, for the authors' file; it tells neither its data set (but for
+    Cityscapes) nor the text, so these come from the options typed."""
     conv_skip = any("conv_encoder." in name for name in weights)
     data_prep.allow_only(typed, file, "crop", "clip", "clip_tag", "clip_weights", *free)
     dataset = typed.get("dataset", "cityscapes" if conv_skip else "")
@@ -1130,21 +1125,46 @@ def load_checkpoint(file: str, typed: dict) -> tuple[SemiVL, Config, list[str]]:
     try:
         return load_authors_checkpoint(weights, text, heads), cfg, list(classes)
     except (KeyError, RuntimeError, IndexError, ValueError, AttributeError) as error:
-        reason = str(error).splitlines()[-1].strip()[:160]
+        reason = str(error).rpartition("\n")[2].strip()[:160]
         raise UserError(f"{file}: not a whole checkpoint of the authors' ({reason})") from None
+
+
+# ----------------------------------------------------------------------------------------------
+# 12. Command line
+
+def load_checkpoint(file: str, typed: dict) -> tuple[SemiVL, Config, list[str]]:
+    """A checkpoint -> model in eval mode, settings, names of the classes. Ours holds the EMA
+    teacher and its settings; the authors' (recognised by its names) tensors only.
+
+    typed: the options on the command line, name -> value."""
+    content = data_prep.load_file(file)
+    free = ["dataset", "root", "stride", "window", "device", "out"]  # go with both kinds
+    weights = data_prep.tensors_of(content.get("model", {}), file)
+    if "config" in content and "text" in weights:
+        data_prep.allow_only(typed, file, *free)
+        typed = dict(device="auto", out="") | typed  # not those of the machine that trained
+        cfg = data_prep.settings_of(content, Config, file, typed, "classes")
+        data_prep.check_settings(cfg, training=False)
+        model = assemble(cfg, data_prep.empty_clip(cfg.clip).visual, weights["text"])
+        data_prep.load_strictly(model, weights, file, "the model that its settings describe")
+        return model.eval(), cfg, list(content["classes"])
+    if not any("decode_head." in name for name in weights):
+        raise UserError(f"{file}: not a checkpoint of this program, nor of the authors'")
+    return load_authors_file(file, weights, typed, free)
 
 
 def evaluate_checkpoint(file: str, typed: dict, save_predictions: str | None) -> None:
     """`--eval`: the protocol of the checkpoint's data set, on validation and test images."""
     model, cfg, classes = load_checkpoint(file, typed)
     device = data_prep.pick_device(cfg.device)
+    model.to(device)
     folder = data_prep.open_data(cfg, CLASSES, classes)
     folder.check()
-    tables, keep, secret = {}, None, []
+    tables, keep, secret = {}, None, []  # secret: test images whose masks only a server has
     if save_predictions is not None:
         keep, secret = data_prep.server_files(save_predictions, folder), folder.secret
     for split, entries in (("val", folder.val), ("test", folder.test), ("secret", secret)):
-        iou = evaluate(model.to(device), folder, entries, cfg, device, split, keep)
+        iou = evaluate(model, folder, entries, cfg, device, split, keep)
         if iou.isfinite().any():
             tables[split] = {"SemiVL": iou}
             print(data_prep.iou_table(f"IoU, {split}", tables[split], classes))
@@ -1154,10 +1174,10 @@ def evaluate_checkpoint(file: str, typed: dict, save_predictions: str | None) ->
 def predict(file: str, images: list[str], typed: dict) -> None:
     """`--predict`: a palette PNG and an overlay of each picture, beside the checkpoint."""
     model, cfg, classes = load_checkpoint(file, typed)
-    device = data_prep.pick_device(cfg.device)
-    out = cfg.out or Path(file).parent / "predictions"
+    device, out = data_prep.pick_device(cfg.device), cfg.out or Path(file).parent / "predictions"
+    model.to(device)
     data_prep.save_predictions(Path(out), images, classes, lambda image: segment(
-        model.to(device), image, cfg, device).argmax(0).cpu())
+        model, image, cfg, device).argmax(0).cpu())
 
 
 def main(argv=None) -> int:
@@ -1171,9 +1191,7 @@ def main(argv=None) -> int:
             predict(args.predict[0], args.predict[1:], typed)
         elif args.benchmark:
             data_prep.check_settings(cfg)
-            classes = CLASSES.get(cfg.dataset) or data_prep.open_data(cfg, CLASSES).classes
-            result = data_prep.benchmark(cfg, classes, Training, TrainingPictures, segment)
-            print(json.dumps(result, indent=1))
+            data_prep.benchmark(cfg, CLASSES, Training, TrainingPictures, segment)
         elif args.resume is not None:
             data_prep.allow_only(typed, "--resume", "device", "workers")
             file = Path(args.resume) / "last.pt"
