@@ -997,6 +997,15 @@ def settings_of(content: dict, config, file, changes: dict, *needed: str):
                         ) from None
 
 
+def load_run(run: str, config, typed: dict) -> tuple:
+    """Settings and content of RUN/last.pt, for `--resume`."""
+    allow_only(typed, "--resume", "device", "workers")
+    file = Path(run) / "last.pt"
+    content = load_file(file)
+    return settings_of(content, config, file, typed | dict(out=run),
+                       "student", "optimizer", "labelled", "accepted"), content
+
+
 def check_settings(cfg, training: bool = True) -> None:
     """Settings that cannot work together end here, not in the middle of a run."""
     pick_device(cfg.device)

@@ -78,8 +78,7 @@ class Config:
     clip_tag: str = setting("model", "openai", "which of open_clip's pretrained weights")
     clip_weights: str = setting("model", "", "FILE of CLIP weights, or none: random; '': by tag")
     authors_clip: bool = setting("model", False, "the authors' GELU, eps, image statistics")
-    decoder: str = setting("model", "language", "language-guided, or vision-only DeepLabV3+",
-                           choices=("language", "vision"))
+    decoder: str = setting("model", "language", "or DeepLabV3+", choices=("language", "vision"))
     decoder_text: str = setting("model", "names", "text of a class for the decoder: its name, or "
                                 "the mean of its concepts", choices=("names", "mean"))
     definitions: bool = setting("model", True, "describe a class by its concepts, not its name")
@@ -132,8 +131,7 @@ PRESETS = {
         conv_skip=True, decoder_text="mean", weighting="mean", window="probabilities", stride=534),
 }
 
-# Item i of the data and step i of the training draw their random numbers with seed * STREAM + i.
-STREAM = 1_000_003
+STREAM = 1_000_003  # data item i and step i draw their random numbers with seed * STREAM + i
 IGNORE = data_prep.IGNORE  # 255, "no label" in every mask, whatever a folder's files call it
 
 # ----------------------------------------------------------------------------------------------
@@ -798,8 +796,7 @@ def semivl_loss(student, x, y, views, cfg: Config, guidance_weight: float) -> di
         dict of scalars: "total" to minimise, and its parts.
     """
     images = torch.cat([x] + [view for view, _ in views])
-    # Four (without views: one) of [B, N, H, W].
-    logits = student(images, perturb=len(x) if views else 0).split(len(x))
+    logits = student(images, perturb=len(x) if views else 0).split(len(x))  # [B, N, H, W] each
     losses = {"x": supervised_loss(logits[0], y)}
     if not views:
         return losses | {"total": losses["x"]}
@@ -915,10 +912,8 @@ class Training:
         self.cfg, self.folder, self.device = cfg, folder, device
         self.student = student.to(device).train()
         frozen = copy_trained(self.student.clip)  # CLIP as it is before the first step
-
         def guide(text, owner):
             return FrozenGuidance(frozen, text, owner, cfg.guidance_conf).to(device)
-
         self.guidance = guide(language.concepts, language.owner)
         self.frozen_names = guide(language.names, torch.arange(len(language.names)))  # to compare
         self.teacher = EMATeacher(self.student, cfg.ema)
@@ -947,8 +942,7 @@ class Training:
         cfg = self.cfg
         torch.manual_seed(cfg.seed * STREAM + self.step)  # so a resumed run drops the same maps
         chunks = [slice(i, i + cfg.micro_batch) for i in range(0, cfg.batch, cfg.micro_batch)]
-        # Falls to 0: frozen CLIP helps until the student knows better.
-        guidance_weight = cfg.guidance * (1 - self.step / self.steps)
+        guidance_weight = cfg.guidance * (1 - self.step / self.steps)  # falls to 0
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(group["base_lr"], self.step, self.steps)
         data = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if k != "files"}
@@ -1115,14 +1109,14 @@ def load_authors_file(file: str, weights: dict, typed: dict, free: list[str]):
     if not dataset:
         raise UserError(f"{file}: a checkpoint of the authors' code does not tell its data set; "
                         "add --dataset voc, coco, ade20k or a FOLDER")
-    cfg = Config(**PRESETS.get(dataset, {}) | dict(dataset=dataset) | typed)
-    cfg = dataclasses.replace(cfg, authors_clip=True, conv_skip=conv_skip)
+    known = dict(dataset=dataset, authors_clip=True, conv_skip=conv_skip)
+    cfg = Config(**PRESETS.get(dataset, {}) | typed | known)
     data_prep.check_settings(cfg, training=False)
     classes = CLASSES.get(dataset) or data_prep.open_data(cfg, CLASSES).classes
     clip = data_prep.load_clip(cfg.clip, cfg.clip_tag, cfg.clip_weights, cfg.root)
     text = describe_classes(clip, classes, cfg).decoder_text
-    heads = clip.visual.transformer.resblocks[0].attn.num_heads
-    try:
+    try:  # the heads cannot be seen in the tensors; --clip tells
+        heads = clip.visual.transformer.resblocks[0].attn.num_heads
         return load_authors_checkpoint(weights, text, heads), cfg, list(classes)
     except (KeyError, RuntimeError, IndexError, ValueError, AttributeError) as error:
         reason = str(error).rpartition("\n")[2].strip()[:160]
@@ -1134,9 +1128,8 @@ def load_authors_file(file: str, weights: dict, typed: dict, free: list[str]):
 
 def load_checkpoint(file: str, typed: dict) -> tuple[SemiVL, Config, list[str]]:
     """A checkpoint -> model in eval mode, settings, names of the classes. Ours holds the EMA
-    teacher and its settings; the authors' (recognised by its names) tensors only.
-
-    typed: the options on the command line, name -> value."""
+    teacher and its settings, the authors' (recognised by its names) tensors only. typed: the
+    options on the command line, name -> value."""
     content = data_prep.load_file(file)
     free = ["dataset", "root", "stride", "window", "device", "out"]  # go with both kinds
     weights = data_prep.tensors_of(content.get("model", {}), file)
@@ -1156,15 +1149,13 @@ def load_checkpoint(file: str, typed: dict) -> tuple[SemiVL, Config, list[str]]:
 def evaluate_checkpoint(file: str, typed: dict, save_predictions: str | None) -> None:
     """`--eval`: the protocol of the checkpoint's data set, on validation and test images."""
     model, cfg, classes = load_checkpoint(file, typed)
-    device = data_prep.pick_device(cfg.device)
-    model.to(device)
-    folder = data_prep.open_data(cfg, CLASSES, classes)
+    device, folder = data_prep.pick_device(cfg.device), data_prep.open_data(cfg, CLASSES, classes)
     folder.check()
     tables, keep, secret = {}, None, []  # secret: test images whose masks only a server has
     if save_predictions is not None:
         keep, secret = data_prep.server_files(save_predictions, folder), folder.secret
     for split, entries in (("val", folder.val), ("test", folder.test), ("secret", secret)):
-        iou = evaluate(model, folder, entries, cfg, device, split, keep)
+        iou = evaluate(model.to(device), folder, entries, cfg, device, split, keep)
         if iou.isfinite().any():
             tables[split] = {"SemiVL": iou}
             print(data_prep.iou_table(f"IoU, {split}", tables[split], classes))
@@ -1175,9 +1166,8 @@ def predict(file: str, images: list[str], typed: dict) -> None:
     """`--predict`: a palette PNG and an overlay of each picture, beside the checkpoint."""
     model, cfg, classes = load_checkpoint(file, typed)
     device, out = data_prep.pick_device(cfg.device), cfg.out or Path(file).parent / "predictions"
-    model.to(device)
     data_prep.save_predictions(Path(out), images, classes, lambda image: segment(
-        model, image, cfg, device).argmax(0).cpu())
+        model.to(device), image, cfg, device).argmax(0).cpu())
 
 
 def main(argv=None) -> int:
@@ -1193,12 +1183,7 @@ def main(argv=None) -> int:
             data_prep.check_settings(cfg)
             data_prep.benchmark(cfg, CLASSES, Training, TrainingPictures, segment)
         elif args.resume is not None:
-            data_prep.allow_only(typed, "--resume", "device", "workers")
-            file = Path(args.resume) / "last.pt"
-            content = data_prep.load_file(file)
-            cfg = data_prep.settings_of(content, Config, file, typed | dict(out=args.resume),
-                                        "student", "optimizer", "labelled", "accepted")
-            train(cfg, content)
+            train(*data_prep.load_run(args.resume, Config, typed))
         else:
             data_prep.check_settings(cfg)
             train(cfg)

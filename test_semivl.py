@@ -361,7 +361,7 @@ def test_window_probabilities_equal_the_authors_with_one_resize(authors):
     assert (counts - torch.tensor([15903, 4131, 20706, 3233, 2527])).abs().max() <= 3
 
 
-def test_learning_rate_is_the_authors():
+def test_learning_rate_equals_the_authors():
     rates = [semivl.learning_rate(0.001, step, 100) for step in (0, 1, 2, 50, 99)]
     expected = [0.001, 0.001, 0.001 * 0.99**0.9, 0.001 * 0.51**0.9, 0.001 * 0.02**0.9]
     assert rates == pytest.approx(expected, rel=1e-12)
