@@ -1529,7 +1529,8 @@ def benchmark(cfg, classes: dict, training, pictures, segment, steps: int = 3) -
             begin = watch.now()
             run.train_step(batch)
             totals.append(watch.now() - begin)
-            phases.append(watch.seconds)
+            rest = totals[-1] - sum(watch.seconds.values())
+            phases.append(watch.seconds | {"losses, CutMix, rest": rest})
     trained = sum(p.numel() for p in run.student.parameters() if p.requires_grad)
     held = {id(p): p.numel() for module in (run.student, run.teacher.model, run.guidance)
             for p in module.parameters()}
@@ -1541,7 +1542,6 @@ def benchmark(cfg, classes: dict, training, pictures, segment, steps: int = 3) -
     segment(run.teacher, image, window, run.device)
     evaluation = watch.now() - begin
     median = {name: statistics.median(p[name] for p in phases) for name in phases[0]}
-    median["losses, CutMix, rest"] = statistics.median(totals) - sum(median.values())
     bf16 = autocast(cfg, run.device)._enabled
     print(json.dumps(dict(
         device=str(run.device), dtype="bfloat16 autocast" if bf16 else "float32",

@@ -1392,6 +1392,16 @@ def test_train_evaluate_predict_and_resume_from_the_command_line(folder, tmp_pat
     assert semivl.main(command.split()) == 2  # the run folder is taken, and stays as it is
 
 
+def test_the_benchmark_prints_json(folder, capsys):
+    assert semivl.main(f"--benchmark --dataset {folder} {TINY}".split()) == 0
+    shown = capsys.readouterr().out
+    result = json.loads(shown[shown.index("{"):])
+    phases = result["seconds_per_phase"]
+    assert {"teacher", "guidance", "student forward", "backward", "optimiser"} < set(phases)
+    assert all(seconds > 0 for seconds in phases.values())
+    assert result["loader"]["samples_per_second_per_core"] > 0
+
+
 def test_help_shows_every_setting(capsys):
     with pytest.raises(SystemExit) as stop:
         semivl.main(["--help"])
