@@ -912,10 +912,10 @@ class Training:
         self.cfg, self.folder, self.device = cfg, folder, device
         self.student = student.to(device).train()
         frozen = copy_trained(self.student.clip)  # CLIP as it is before the first step
-        def guide(text, owner):
-            return FrozenGuidance(frozen, text, owner, cfg.guidance_conf).to(device)
-        self.guidance = guide(language.concepts, language.owner)
-        self.frozen_names = guide(language.names, torch.arange(len(language.names)))  # to compare
+        self.guidance = FrozenGuidance(
+            frozen, language.concepts, language.owner, cfg.guidance_conf).to(device)
+        each = torch.arange(len(language.names))
+        self.frozen_names = FrozenGuidance(frozen, language.names, each).to(device)  # to compare
         self.teacher = EMATeacher(self.student, cfg.ema)
         self.optimizer = make_optimizer(self.student, cfg)
         # Without unlabelled images a run is as long as with them, or it could not be compared.
