@@ -35,7 +35,7 @@ import dataclasses
 import json
 import math
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +44,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
@@ -107,6 +108,7 @@ class Config:
     save_every: int = setting("training", 500, "steps between writings of last.pt", low=1)
     precision: str = setting("training", "auto", "bf16: autocast; auto: bf16 on CUDA only",
                              choices=("auto", "fp32", "bf16"))
+    recompute: bool = setting("training", False, "decoder keeps less memory, takes more time")
 
     window: str = setting("evaluation", "logits", "what to average of overlapping windows",
                           choices=("logits", "probabilities"))
@@ -195,13 +197,20 @@ class QuickGELU(nn.Module):
         return F.silu(1.702 * x).mul_(1 / 1.702)
 
 
-def value_path(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """A pre-norm transformer block whose attention looks only at the token itself. [B, T, D]."""
-    attn, D = block.attn, x.shape[-1]
-    # in_proj stacks the rows of q, k and v; only v is needed.
-    v = F.linear(block.ln_1(x), attn.in_proj_weight[2 * D:], attn.in_proj_bias[2 * D:])
-    x = x + block.ls_1(attn.out_proj(v))  # ls: layer scale, which few models have
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+def transformer_block(block: nn.Module, x: torch.Tensor, attend=True, linear=F.linear):
+    """A pre-norm block of open_clip's ViT on tokens [B, T, D]. Without `attend` it is the value
+    path: each token looks at itself only, so of query, key and value the value is all it needs."""
+    attn, mlp, D = block.attn, block.mlp, x.shape[-1]
+    weight, bias, y = attn.in_proj_weight, attn.in_proj_bias, block.ln_1(x)
+    if attend:
+        y = linear(y, weight, bias).unflatten(2, (3, attn.num_heads, -1))  # [B, T, 3, heads, .]
+        q, k, v = y.permute(2, 0, 3, 1, 4)  # [B, heads, T, .] each
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, T, D]
+    else:
+        y = linear(y, weight[2 * D:], bias[2 * D:])
+    x = x + block.ls_1(linear(y, attn.out_proj.weight, attn.out_proj.bias))
+    y = mlp.gelu(linear(block.ln_2(x), mlp.c_fc.weight, mlp.c_fc.bias))
+    return x + block.ls_2(linear(y, mlp.c_proj.weight, mlp.c_proj.bias))  # ls: layer scale, if any
 
 
 def resize_position(position: torch.Tensor, old: tuple, new: tuple) -> torch.Tensor:
@@ -250,6 +259,7 @@ class DenseCLIP(nn.Module):
             if isinstance(getattr(module, "gelu", None), open_clip.transformer.QuickGELU):
                 module.gelu = nn.GELU() if authors else QuickGELU()
         self.statistics = statistics
+        self.linear = F.linear
 
     def encode(self, images: torch.Tensor, last_attention: bool = False):
         """[B, 3, H, W] -> tokens in the joint space [B, T, E], the same as a map [B, E, h, w], and
@@ -275,9 +285,9 @@ class DenseCLIP(nn.Module):
         maps = {}
         for i, block in enumerate(vit.transformer.resblocks):
             if i in self.skip_blocks:
-                maps[i] = to_map(value_path(block, x))  # NOT the block's output
+                maps[i] = to_map(transformer_block(block, x, False, self.linear))  # NOT the block's output
             last = i + 1 == len(vit.transformer.resblocks)
-            x = value_path(block, x) if last and not last_attention else block(x)
+            x = transformer_block(block, x, last_attention or not last, self.linear)
         x = vit.ln_post(x) @ vit.proj  # [B, T, E]
         return x, to_map(x), [maps[i] for i in self.skip_blocks]
 
@@ -320,6 +330,7 @@ def copy_trained(module: nn.Module) -> nn.Module:
 # the decoder learns how similarity maps become masks, for any number of classes.
 
 C = 128  # channels of a class's map
+MAPS_AT_ONCE = 32  # of the B*N; more are not faster, but take more memory
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -332,6 +343,13 @@ def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=group_norm):
     pad = dilation * (kernel // 2)
     conv = nn.Conv2d(c_in, c_out, kernel, padding=pad, dilation=dilation, bias=False)
     return nn.Sequential(conv, norm(c_out), nn.ReLU(inplace=True))  # the norm keeps its input
+
+
+def conv_by_parts(conv: nn.Conv2d, parts: list) -> list:
+    """Parts whose sum is conv(torch.cat(parts, dim=1)): a convolution is linear, so nothing need
+    be concatenated, and what is the same for many images or pixels is convolved once."""
+    weights = conv.weight.split([part.shape[1] for part in parts], dim=1)
+    return [F.conv2d(part, w, padding=conv.padding) for part, w in zip(parts, weights)]
 
 
 class ASPP(nn.Module):
@@ -348,8 +366,9 @@ class ASPP(nn.Module):
         self.project = conv_norm_relu(5 * width, c_out, 1, norm=norm)
 
     def forward(self, x):
-        image = self.pooled(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:])
-        return self.project(torch.cat([branch(x) for branch in self.branches] + [image], dim=1))
+        image = self.pooled(x.mean((2, 3), keepdim=True))  # [B, width, 1, 1], for every place
+        conv, norm, relu = self.project
+        return relu(norm(sum(conv_by_parts(conv, [b(x) for b in self.branches] + [image]))))
 
 
 class SemanticReasoning(nn.Module):
@@ -402,12 +421,9 @@ class UpStage(nn.Module):
     def forward(self, x, skip):
         x = self.up(x)  # [B*N, c_in - c_skip, 2a, 2b]
         skip = F.interpolate(skip, x.shape[2:], mode="bilinear", align_corners=True)
-        # A convolution of [x, skip] is one of x plus one of the skip, and the latter is the same
-        # for all classes: once per image instead of N times, and nothing to concatenate.
         (conv, norm, relu), second = self.convs
-        x_weight, skip_weight = conv.weight.split([x.shape[1], skip.shape[1]], dim=1)
-        skip = F.conv2d(skip, skip_weight, padding=1).unsqueeze(1)  # [B, 1, c_out, 2a, 2b]
-        x = F.conv2d(x, x_weight, padding=1).unflatten(0, (len(skip), -1)) + skip
+        x, skip = conv_by_parts(conv, [x, skip])  # of the skip once per image, not N times
+        x = x.unflatten(0, (len(skip), -1)) + skip.unsqueeze(1)  # [B, N, c_out, 2a, 2b]
         return second(relu(norm(x.flatten(0, 1))))
 
 
@@ -418,12 +434,14 @@ class LanguageGuidedDecoder(nn.Module):
         embed_dim: E, width of CLIP's joint space.
         shallow_dim, deep_dim: channels of the two skip maps.
         shallow_width: channels that the shallow one is projected to.
+        recompute: keep less for the backward pass, which then takes longer.
 
         logits = LanguageGuidedDecoder(512, 768, 768)(dense, (shallow, deep), text)
     """
 
-    def __init__(self, embed_dim: int, shallow_dim: int, deep_dim: int, shallow_width: int = 16):
+    def __init__(self, embed_dim, shallow_dim, deep_dim, shallow_width=16, recompute=False):
         super().__init__()
+        self.recompute = recompute
         self.lift = nn.Conv2d(1, C, 7, padding=3)
         self.aspp = ASPP(C, C, C)
         self.text_proj = nn.Sequential(nn.Linear(embed_dim, C), nn.ReLU())
@@ -448,17 +466,29 @@ class LanguageGuidedDecoder(nn.Module):
             x = layer(x, text)
         return x
 
+    def upsampling(self, x, shallow, deep):
+        """Each class alone: [B, N, C, h, w] -> logits [B, N, 4h, 4w]."""
+        B, N = x.shape[:2]
+        x = self.up1(x.flatten(0, 1), deep)  # [B*N, 64, 2h, 2w]
+        x = self.up2(x, shallow)  # [B*N, 32, 4h, 4w]
+        return self.head(x).view(B, N, *x.shape[2:])
+
+    def by_classes(self, function, x, *shared):
+        """function(x, *shared), group after group of the classes of x [B, N, ...]: 150 classes then
+        need little more memory at a time than 21. With `recompute` the backward pass needs no more
+        either: it computes a group anew instead of having kept all that is inside."""
+        if self.recompute and torch.is_grad_enabled():
+            function = partial(checkpoint, function, use_reentrant=False)
+        parts = x.split(max(1, MAPS_AT_ONCE // len(x)), dim=1)
+        return torch.cat([function(part, *shared) for part in parts], dim=1)
+
     def forward(self, dense, skips, text):
         """dense [B, E, h, w], skips (shallow, deep) [B, D, ., .], text [N, E]
         -> logits [B, N, 4h, 4w]."""
         shallow, deep = skips
-        x = self.spatial_reasoning(cosine_maps(dense, text))
+        x = self.by_classes(self.spatial_reasoning, cosine_maps(dense, text))
         x = self.semantic_reasoning(x, text)
-        B, N = x.shape[:2]
-        x = x.flatten(0, 1)  # [B*N, C, h, w]
-        x = self.up1(x, self.deep_proj(deep))  # [B*N, 64, 2h, 2w]
-        x = self.up2(x, self.shallow_proj(shallow))  # [B*N, 32, 4h, 4w]
-        return self.head(x).view(B, N, *x.shape[2:])
+        return self.by_classes(self.upsampling, x, self.shallow_proj(shallow), self.deep_proj(deep))
 
 
 class VisionDecoder(nn.Module):
@@ -589,14 +619,15 @@ def assemble(cfg: Config, visual, text: torch.Tensor, conv_weights: str = "none"
         raise UserError(f"--crop {cfg.crop}: smaller than a patch of --clip {cfg.clip}")
     own = data_prep.clip_statistics(cfg.clip, cfg.clip_tag) if cfg.conv_skip else None
     clip = DenseCLIP(visual, (side, side), cfg.authors_clip, own)
+    clip.linear = data_prep.linear  # the same, faster on a CPU
     spatial_fine_tuning(clip, cfg.finetune)
     E, D = clip.embed_dim, clip.width
     if cfg.decoder == "vision":
         return SemiVL(clip, VisionDecoder(E, D, len(text)), text)
     if cfg.conv_skip:
-        decoder = LanguageGuidedDecoder(E, shallow_dim=256, deep_dim=D, shallow_width=32)
+        decoder = LanguageGuidedDecoder(E, 256, D, shallow_width=32, recompute=cfg.recompute)
         return SemiVL(clip, decoder, text, data_prep.conv_encoder(conv_weights))
-    return SemiVL(clip, LanguageGuidedDecoder(E, D, D), text)
+    return SemiVL(clip, LanguageGuidedDecoder(E, D, D, recompute=cfg.recompute), text)
 
 
 def normalize(images: torch.Tensor, cfg: Config) -> torch.Tensor:
@@ -1172,6 +1203,7 @@ def predict(file: str, images: list[str], typed: dict) -> None:
 
 def main(argv=None) -> int:
     """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
+    data_prep.keep_memory()
     try:
         typed, args = data_prep.parse_args(argv, Config, PRESETS)
         cfg = Config(**PRESETS.get(typed.get("dataset", "toy"), {}) | typed)
