@@ -21,6 +21,7 @@ import colorsys
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import http.client
 import json
@@ -32,6 +33,7 @@ import re
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -51,8 +53,10 @@ import numpy as np
 import open_clip
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 try:
@@ -924,6 +928,29 @@ def vit_of_shapes(weights: dict, heads: int | None) -> open_clip.transformer.Vis
         output_dim=weights[vit + "proj"].shape[1])
 
 
+def load_authors_file(method, file: str, weights: dict, typed: dict, free: list[str]):
+    """What `load_checkpoint` returns, for the authors' file; it tells neither its data set (but for
+    Cityscapes) nor the text, so these come from the options typed."""
+    conv_skip = any("conv_encoder." in name for name in weights)
+    allow_only(typed, file, "crop", "clip", "clip_tag", "clip_weights", *free)
+    dataset = typed.get("dataset", "cityscapes" if conv_skip else "")
+    if not dataset:
+        raise UserError(f"{file}: a checkpoint of the authors' code does not tell its data set; "
+                        "add --dataset voc, coco, ade20k or a FOLDER")
+    known = dict(dataset=dataset, authors_clip=True, conv_skip=conv_skip)
+    cfg = method.Config(**method.PRESETS.get(dataset, {}) | typed | known)
+    check_settings(cfg, training=False)
+    classes = method.CLASSES.get(dataset) or open_data(cfg, method.CLASSES).classes
+    clip = load_clip(cfg.clip, cfg.clip_tag, cfg.clip_weights, cfg.root)
+    text = method.describe_classes(clip, classes, cfg).decoder_text
+    try:  # the heads cannot be seen in the tensors; --clip tells
+        heads = clip.visual.transformer.resblocks[0].attn.num_heads
+        return method.load_authors_checkpoint(weights, text, heads), cfg, list(classes)
+    except (KeyError, RuntimeError, IndexError, ValueError, AttributeError) as error:
+        reason = str(error).rpartition("\n")[2].strip()[:160]
+        raise UserError(f"{file}: not a whole checkpoint of the authors' ({reason})") from None
+
+
 # ----------------------------------------------------------------------------------------------
 # Command line, run folders, tables, pictures
 # ----------------------------------------------------------------------------------------------
@@ -972,8 +999,10 @@ def parse_args(argv, config, presets: dict) -> tuple[dict, argparse.Namespace]:
     group.add_argument("--eval", metavar="CKPT", help="table of IoU per class of a checkpoint")
     group.add_argument("--predict", nargs="+", metavar=("CKPT", "IMAGE"),
                        help="palette PNG and overlay of each image, of any size")
-    group.add_argument("--benchmark", action="store_const", const=True,
-                       help="seconds and memory of a step on random images; needs no data")
+    group.add_argument("--benchmark", nargs="?", const="step", metavar="WHAT",
+                       choices=("step", "memory", "growth", "loader"),
+                       help="seconds and memory of a step on random images; or a table of the "
+                            "memory, growth (with classes and pixels) or loader's speed")
     group.add_argument("--save-predictions", metavar="DIR",
                        help="with --eval: a PNG of each image, as the data set's server wants it")
     group.add_argument("--resume", metavar="RUN", help="go on with a run that was interrupted")
@@ -982,6 +1011,8 @@ def parse_args(argv, config, presets: dict) -> tuple[dict, argparse.Namespace]:
         refuse("--save-predictions goes with --eval only")
     if sum(a is not None for a in (args.eval, args.predict, args.resume, args.benchmark)) > 1:
         refuse("--eval, --predict, --resume and --benchmark exclude each other")
+    if os.environ.get("WORLD_SIZE", "1") != "1" and (args.eval or args.predict or args.benchmark):
+        refuse("torchrun is for training; start this with python")
     typed = {field.name: getattr(args, field.name) == "on" if field.type is bool
              else getattr(args, field.name) for field in fields if hasattr(args, field.name)}
     return typed, args
@@ -1121,6 +1152,10 @@ def new_folder(path: Path, remedy: str) -> Path:
 def new_run(cfg, folder: Folder, source: str) -> str:
     """Makes the run's folder, `cfg.out` or runs/DATASET-LABELS, numbered when taken, with the
     settings, the list of labelled images and a copy of the source."""
+    out = [None]
+    if process()[0]:
+        dist.broadcast_object_list(out)
+        return out[0]
     name = Path("runs") / f"{Path(cfg.dataset).resolve().name}-{cfg.labels}"
     path = new_folder(Path(cfg.out) if cfg.out else numbered(name),
                       f"take another name for --out, or --resume {cfg.out}")
@@ -1129,11 +1164,15 @@ def new_run(cfg, folder: Folder, source: str) -> str:
     (path / "labeled.txt").write_text("".join(lines))
     for file in (source, __file__):
         shutil.copy(file, path)
+    if dist.is_initialized():
+        dist.broadcast_object_list([str(path)])
     return str(path)
 
 
 def save_whole(content: dict, file: Path) -> None:
     """torch.save that leaves the old file as it is unless the new one is complete on the disk."""
+    if process()[0]:
+        return
     temporary = file.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as out:
@@ -1219,6 +1258,9 @@ class RunLog:
         self.sums, self.count, self.mark = {}, 0, None
 
     def __enter__(self):
+        if process()[0]:
+            self.file, self.bar = open(os.devnull, "w"), tqdm(disable=True)
+            return self
         file, kept = Path(self.run.cfg.out) / "log.jsonl", []
         if self.run.step and file.exists():  # without the steps lost since the last checkpoint
             for text in file.read_text().splitlines(keepends=True):
@@ -1323,17 +1365,16 @@ def describe_run(run) -> str:
         f"writes to  {cfg.out}")
 
 
-def report(run, models: dict, evaluate, segment) -> None:
+def report(method, run, models: dict) -> None:
     """The end of a run: IoU per class of each model on the test images (on the validation ones if
-    there are none), printed and written as JSON, and a contact sheet of validation images.
-
-    evaluate, segment: the functions of section 9.
-    """
+    there are none), printed and written as JSON, and a contact sheet of validation images."""
     cfg, folder, device = run.cfg, run.folder, run.device
     classes, val = list(folder.classes), folder.val
     split, entries = ("test", folder.test) if folder.test else ("val", val)
-    table = {name: evaluate(model, folder, entries, cfg, device, split)
+    table = {name: method.evaluate(model, folder, entries, cfg, device, split)
              for name, model in models.items()}
+    if process()[0]:
+        return
     print(iou_table(f"IoU, {split}", table, classes))
     print(f"validation mIoU {run.last:.1f} at the last step, {run.best:.1f} at best; pictures in "
           f"{cfg.out}/sheet.png")
@@ -1342,7 +1383,7 @@ def report(run, models: dict, evaluate, segment) -> None:
     rows = []
     for entry in val[:: math.ceil(len(val) / 6)]:
         image = folder.image(entry)
-        masks = (segment(m, image, cfg, device).argmax(0).cpu() for m in models.values())
+        masks = (method.segment(m, image, cfg, device).argmax(0).cpu() for m in models.values())
         rows.append([image, folder.mask(entry), *masks])
     contact_sheet(f"{cfg.out}/sheet.png", ["image", "truth", *models], rows, classes)
 
@@ -1503,6 +1544,102 @@ def save_predictions(out: Path, images: list[str], classes: list[str], predict) 
         print(f"{out / name}-overlay.png: {', '.join(classes[n] for n in found)}")
 
 
+def evaluate_checkpoint(method, file: str, typed: dict, save_predictions: str | None) -> None:
+    """`--eval`: the protocol of the checkpoint's data set, on validation and test images."""
+    model, cfg, classes = method.load_checkpoint(file, typed)
+    device, folder = pick_device(cfg.device), open_data(cfg, method.CLASSES, classes)
+    folder.check()
+    tables, keep, secret = {}, None, []  # secret: test images whose masks only a server has
+    if save_predictions is not None:
+        keep, secret = server_files(save_predictions, folder), folder.secret
+    for split, entries in (("val", folder.val), ("test", folder.test), ("secret", secret)):
+        iou = method.evaluate(model.to(device), folder, entries, cfg, device, split, keep)
+        if iou.isfinite().any():
+            tables[split] = {"SemiVL": iou}
+            print(iou_table(f"IoU, {split}", tables[split], classes))
+    print(write_tables(file, cfg, tables, classes))
+
+
+def predict(method, file: str, images: list[str], typed: dict) -> None:
+    """`--predict`: a palette PNG and an overlay of each picture, beside the checkpoint."""
+    model, cfg, classes = method.load_checkpoint(file, typed)
+    device, out = pick_device(cfg.device), cfg.out or Path(file).parent / "predictions"
+    save_predictions(Path(out), images, classes, lambda image: method.segment(
+        model.to(device), image, cfg, device).argmax(0).cpu())
+
+
+# ----------------------------------------------------------------------------------------------
+# Several processes, started by torchrun: each takes a share of every batch and of every evaluation
+# ----------------------------------------------------------------------------------------------
+
+
+def process() -> tuple[int, int]:
+    """The number of this process, from 0, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def in_every_process(train):
+    """A decorator: `train(cfg, ...)`, joined with the other processes if torchrun started several.
+
+    Process 0 alone prints and writes; the others learn cfg.out from it."""
+    @functools.wraps(train)
+    def joined(cfg, *rest):
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        if world == 1:
+            return train(cfg, *rest)
+        if cfg.batch % world:
+            raise UserError(f"--batch {cfg.batch}: cannot be shared by {world} processes")
+        device = pick_device(cfg.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            with contextlib.ExitStack() as stack:
+                if process()[0]:
+                    quiet = stack.enter_context(open(os.devnull, "w"))
+                    stack.enter_context(contextlib.redirect_stdout(quiet))
+                train(cfg, *rest)
+                dist.barrier()  # process 0 is still drawing
+        finally:
+            dist.destroy_process_group()
+    return joined
+
+
+def parallel_model(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The model whose gradients are means over the processes; itself if there is one process."""
+    if not dist.is_initialized():
+        return model
+    here = [torch.cuda.current_device()] if device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=here)
+
+
+def in_step(model, last: bool):
+    """Around forward and backward of a micro-batch: only the last one exchanges gradients."""
+    return contextlib.nullcontext() if last or not dist.is_initialized() else model.no_sync()
+
+
+def gather(share: torch.Tensor) -> torch.Tensor:
+    """The whole batch [B, ...] of the shares that the processes hold, in their order."""
+    if not dist.is_initialized():
+        return share
+    shares = [torch.empty_like(share) for _ in range(dist.get_world_size())]
+    dist.all_gather(shares, share.contiguous())
+    return torch.cat(shares)
+
+
+def total(counts: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    return counts
+
+
+def means(scalars: dict) -> dict:
+    """Tensors -> floats, means over all processes. One copy from the device for all of them."""
+    values = total(torch.stack(list(scalars.values()))) / process()[1]
+    return dict(zip(scalars, values.tolist()))
+
+
 # ----------------------------------------------------------------------------------------------
 # Benchmark: the true model on random images; needs no data and no weights
 # ----------------------------------------------------------------------------------------------
@@ -1558,16 +1695,13 @@ def random_batch(cfg) -> dict:
                          padding=torch.zeros(B, side, side, dtype=torch.bool), files=["noise"] * B)
 
 
-def benchmark(cfg, classes: dict, training, pictures, segment, steps: int = 3) -> None:
-    """Prints, as JSON, what steps, an evaluation window and the loader cost.
-
-    classes: as for `open_data`; training, pictures, segment: Training, TrainingPictures, segment.
-    """
-    classes = classes.get(cfg.dataset) or open_data(cfg, classes).classes
+def measure(method, cfg, steps: int = 3) -> dict:
+    """What steps and an evaluation window cost on random images; no data, no weights."""
+    classes = method.CLASSES.get(cfg.dataset) or open_data(cfg, method.CLASSES).classes
     entry = ("a.jpg", "a.png")
     folder = types.SimpleNamespace(classes=classes, labelled=[entry], unlabelled=[entry])
     cfg = dataclasses.replace(cfg, clip_weights="none", conv_weights="none", steps=1000)
-    run = training(cfg, folder, pick_device(cfg.device))
+    run = method.Training(cfg, folder, pick_device(cfg.device))
     batch, totals, phases = random_batch(cfg), [], []
     run.train_step(batch)  # warms up
     watch = Stopwatch(run)
@@ -1579,44 +1713,124 @@ def benchmark(cfg, classes: dict, training, pictures, segment, steps: int = 3) -
             totals.append(watch.now() - begin)
             rest = totals[-1] - sum(watch.seconds.values())
             phases.append(watch.seconds | {"losses, CutMix, rest": rest})
-    trained = sum(p.numel() for p in run.student.parameters() if p.requires_grad)
-    held = {id(p): p.numel() for module in (run.student, run.teacher.model, run.guidance)
-            for p in module.parameters()}
     memory = peak_memory(run.device)
-    window = dataclasses.replace(cfg, fit=False)
-    image = batch["x"][0]
-    segment(run.teacher, image, window, run.device)
+    window, image = dataclasses.replace(cfg, fit=False), batch["x"][0]
+    method.segment(run.teacher, image, window, run.device)
     begin = watch.now()
-    segment(run.teacher, image, window, run.device)
+    method.segment(run.teacher, image, window, run.device)
     evaluation = watch.now() - begin
-    median = {name: statistics.median(p[name] for p in phases) for name in phases[0]}
-    bf16 = autocast(cfg, run.device)._enabled
-    print(json.dumps(dict(
-        device=str(run.device), dtype="bfloat16 autocast" if bf16 else "float32",
-        threads=torch.get_num_threads(), torch=torch.__version__, classes=len(classes),
-        crop=cfg.crop, images_per_step=f"{cfg.batch} labelled + {cfg.batch} unlabelled",
+    trained, held = parameters(run.student, run.teacher.model, run.guidance)
+    step = statistics.median(totals)
+    return dict(
+        device=str(run.device), dtype=precision(cfg, run.device), torch=torch.__version__,
+        threads=torch.get_num_threads(), classes=len(classes), crop=cfg.crop,
+        images_per_step=f"{cfg.batch} labelled + {cfg.batch} unlabelled",
         accumulation=f"{cfg.batch // cfg.micro_batch} x {cfg.micro_batch}",
-        seconds_per_step=dict(min=min(totals), median=statistics.median(totals), max=max(totals)),
-        seconds_per_phase=median, images_per_second=2 * cfg.batch / statistics.median(totals),
-        peak_memory=memory, parameters_trained=trained, parameters_held=sum(held.values()),
-        seconds_per_evaluation_window=evaluation,
-        loader=time_loader(cfg, classes, pictures)), indent=1))
+        seconds_per_step=dict(min=min(totals), median=step, max=max(totals)),
+        seconds_per_phase={n: statistics.median(p[n] for p in phases) for n in phases[0]},
+        images_per_second=2 * cfg.batch / step, peak_memory=memory, parameters_trained=trained,
+        parameters_held=held, seconds_per_evaluation_window=evaluation)
 
 
-def time_loader(cfg, classes: dict, pictures, seconds: float = 4.0) -> dict:
-    """Samples a second on one core, from JPEGs of VOC's size; a sample is a labelled image and an
-    unlabelled one in its three views."""
+def parameters(student, *others) -> tuple[int, int]:
+    """How many values train in the student; how many are held in all, shared ones once."""
+    held = {id(p): p.numel() for m in (student, *others) for p in m.parameters()}
+    return sum(p.numel() for p in student.parameters() if p.requires_grad), sum(held.values())
+
+
+def precision(cfg, device) -> str:
+    return "bfloat16 autocast" if autocast(cfg, device)._enabled else "float32"
+
+
+def saved_bytes(method, cfg) -> tuple[int, int]:
+    """Bytes that the backward pass of a micro-batch needs kept, and bytes of weights, gradients and
+    optimiser. Counted on tensors that have a shape but no content: exact, and any size fits."""
+    classes, B, side = method.CLASSES[cfg.dataset], cfg.micro_batch, cfg.crop
+    visual = empty_clip(cfg.clip).visual
+    student = method.assemble(cfg, visual, torch.zeros(len(classes), visual.proj.shape[1])).train()
+    trained, held = parameters(
+        student, method.copy_trained(student), method.copy_trained(student.clip))
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor  # held, so that no other gets its place
+        return tensor
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        images, label = torch.empty(B, 3, side, side), torch.zeros(B, side, side, dtype=torch.long)
+        targets = method.Targets(label, label.float(), label > 0, label)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), \
+                autocast(cfg, torch.device("cpu")):
+            method.semivl_loss(student, images, label, [(images, targets)] * 3, cfg, 0.1)
+        for p in student.parameters():  # weights, and views of them, are counted by themselves
+            for tensor in (p, p.detach()):  # in this mode the latter has a storage of its own
+                kept.pop(tensor.untyped_storage()._cdata, None)
+    # Of each value that trains: a gradient and two moments.
+    return sum(t.untyped_storage().nbytes() for t in kept.values()), 4 * held + 12 * trained
+
+
+def memory_table(method, cfg) -> None:
+    """Which micro-batch fits into which memory, for each data set."""
+    cards, rows = (12, 16, 24, 40), []
+    print("GB that a micro-batch of 1 (4 images at once) keeps for the backward pass; the largest\n"
+          "micro-batch in cards of 12, 16, 24, 40 GB. Needed: weights, gradients and optimiser, 1.2\n"
+          "times what is kept, 1 GB for CUDA.\n")
+    print(f"{'':12}{'classes':>8}{'crop':>6}  {'precision':10}{'recompute':>9}{'kept':>7}"
+          f"{'weights':>9}  " + "".join(f"{card:>4}" for card in cards))
+    for name in PUBLISHED:
+        for kind in ("fp32", "bf16"):
+            whole = None
+            for recompute in (False, True):
+                changes = dict(precision=kind, recompute=recompute, conv_weights="none")
+                one = method.Config(**method.PRESETS[name] | dict(dataset=name, micro_batch=1) | changes)
+                kept, fixed = saved_bytes(method, one)
+                maps = 4 * len(method.CLASSES[name])
+                # Recomputing brings back what is inside one group of classes at a time.
+                whole = whole or kept
+                kept += (whole - kept) * min(1, method.MAPS_AT_ONCE / maps)
+                fits = [max(0, int((1e9 * (card - 1) - fixed) / (1.2 * kept))) for card in cards]
+                print(f"{name:12}{len(method.CLASSES[name]):>8}{one.crop:>6}  {kind:10}"
+                      f"{'on' if recompute else 'off':>9}{kept / 1e9:>7.2f}{fixed / 1e9:>9.2f}  "
+                      + "".join(f"{n:>4}" for n in fits), flush=True)
+
+
+def growth_table(method, cfg) -> None:
+    """Seconds and memory of a step with 1 + 1 images, and of an evaluation window, as classes and
+    pixels grow. Each row is a process of its own: memory is the most that a process has held."""
+    print(f"{'classes':>7}{'crop':>6}{'step, s':>9}{'memory':>18}{'evaluation, s':>15}", flush=True)
+    for name, crop in (("cityscapes", 512), ("voc", 512), ("coco", 512), ("ade20k", 512),
+                       ("voc", 256), ("voc", 801)):
+        options = (f"--benchmark step --dataset {name} --crop {crop} --batch 1 --micro-batch 1 "
+                   f"--recompute on --conv-skip off --precision {cfg.precision} "
+                   f"--device {cfg.device}")
+        done = subprocess.run([sys.executable, method.__file__, *options.split()],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise UserError(f"{name} at {crop}: {done.stderr.strip().splitlines()[-1]}")
+        row = json.loads(done.stdout[done.stdout.index("{"):])
+        print(f"{row['classes']:>7}{crop:>6}{row['seconds_per_step']['median']:>9.1f}"
+              f"{row['peak_memory']:>18}{row['seconds_per_evaluation_window']:>15.2f}", flush=True)
+
+
+SIZES = dict(voc=(500, 375), coco=(640, 480), ade20k=(683, 512), cityscapes=(2048, 1024))
+
+
+def time_loader(method, cfg, size: tuple[int, int], seconds: float = 4.0) -> float:
+    """Samples a second on one core; a sample is a labelled image and an unlabelled one in its three
+    views, from JPEGs (Cityscapes: PNGs) of this width and height."""
     with tempfile.TemporaryDirectory() as place:
         noise, entries = np.random.default_rng(0), []
+        kind = "png" if cfg.dataset == "cityscapes" else "jpg"
         for i in range(8):
             small = Image.fromarray(noise.integers(256, size=(24, 32, 3), dtype=np.uint8))
-            small.resize((500, 375)).save(f"{place}/{i}.jpg", quality=90)
-            mask = Image.fromarray(noise.integers(len(classes), size=(6, 8), dtype=np.uint8))
-            mask.resize((500, 375), Image.Resampling.NEAREST).save(f"{place}/{i}.png")
-            entries.append((f"{i}.jpg", f"{i}.png"))
+            small.resize(size).save(f"{place}/{i}.{kind}", quality=90)
+            mask = Image.fromarray(noise.integers(19, size=(6, 8), dtype=np.uint8))
+            mask.resize(size, Image.Resampling.NEAREST).save(f"{place}/{i}-mask.png")
+            entries.append((f"{i}.{kind}", f"{i}-mask.png"))
         folder = Folder.__new__(Folder)
-        folder.path, folder.classes, folder.ignore = Path(place), classes, IGNORE
-        items, threads = pictures(folder, entries, entries, cfg, 10**6), torch.get_num_threads()
+        folder.path, folder.classes, folder.ignore = Path(place), dict.fromkeys(range(19)), IGNORE
+        items = method.TrainingPictures(folder, entries, entries, cfg, 10**6)
+        threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as in a loader process
         try:
             items[0]
@@ -1624,10 +1838,27 @@ def time_loader(cfg, classes: dict, pictures, seconds: float = 4.0) -> dict:
             while time.perf_counter() - begin < seconds:
                 count += 1
                 items[count]
-            speed = count / (time.perf_counter() - begin)
+            return count / (time.perf_counter() - begin)
         finally:
             torch.set_num_threads(threads)
-    return dict(samples_per_second_per_core=speed)
+
+
+def loader_table(method, cfg) -> None:
+    print(f"{'':12}{'image':>12}{'crop':>6}{'samples / s / core':>20}")
+    for name, size in SIZES.items():
+        one = method.Config(**method.PRESETS[name] | dict(dataset=name))
+        speed = time_loader(method, one, size)
+        print(f"{name:12}{'{} x {}'.format(*size):>12}{one.crop:>6}{speed:>20.1f}", flush=True)
+
+
+def benchmark(method, cfg, what: str) -> None:
+    """`--benchmark step` prints JSON; "memory", "growth" and "loader" each print a table."""
+    tables = dict(memory=memory_table, growth=growth_table, loader=loader_table)
+    if what in tables:
+        tables[what](method, cfg)
+    else:
+        speed = time_loader(method, cfg, SIZES.get(cfg.dataset, SIZES["voc"]))
+        print(json.dumps(measure(method, cfg) | dict(samples_per_second_per_core=speed), indent=1))
 
 
 # ----------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ A few images with masks, many without, and a CLIP that has read the names of the
     python semivl.py --eval runs/toy-4/last.pt             IoU per class of a checkpoint
     python semivl.py --predict runs/toy-4/last.pt a.png    palette PNG and overlay of a picture
     python semivl.py --benchmark --dataset voc             seconds and memory of a step
+    torchrun --nproc-per-node=4 semivl.py --dataset voc    the same training on four GPUs
 
 Letters for shapes, in every comment below:
     B images, N classes, K concepts, H x W image, P patch, h = ceil(H/P), w = ceil(W/P), D width of
@@ -134,6 +135,7 @@ PRESETS = {
 }
 
 STREAM = 1_000_003  # data item i and step i draw their random numbers with seed * STREAM + i
+METHOD = sys.modules[__name__]  # for data_prep.py, which this file imports, to call back
 IGNORE = data_prep.IGNORE  # 255, "no label" in every mask, whatever a folder's files call it
 
 # ----------------------------------------------------------------------------------------------
@@ -771,17 +773,14 @@ def make_targets(teacher, guidance, w, padding) -> Targets:
     return Targets(label, confidence, padding, guide.masked_fill(padding, IGNORE))
 
 
-def cutmix(images: torch.Tensor, targets: Targets, box: torch.Tensor):
-    """Pastes each image's box [B, 4] from its partner, with everything known about those pixels.
-
-    The partner is the image at the mirrored place of the batch, so that each image is loaded and
-    predicted once. The middle one of an odd batch is its own partner: then nothing changes."""
+def cutmix(images, targets: Targets, partner_images, partner_targets: Targets, box):
+    """Pastes each image's box [B, 4] from its partner, with everything known about those pixels."""
     rows = torch.arange(images.shape[2], device=images.device)[None, :, None]
     cols = torch.arange(images.shape[3], device=images.device)[None, None, :]
     top, left, bottom, right = box.view(-1, 4, 1, 1).unbind(1)  # each [B, 1, 1]
     inside = (rows >= top) & (rows < bottom) & (cols >= left) & (cols < right)  # [B, H, W]
-    mixed = targets.map(lambda t: torch.where(inside, t.flip(0), t))
-    return torch.where(inside.unsqueeze(1), images.flip(0), images), mixed
+    mixed = Targets(*(torch.where(inside, p, t) for p, t in zip(partner_targets, targets)))
+    return torch.where(inside.unsqueeze(1), partner_images, images), mixed
 
 
 def supervised_loss(logits, y):
@@ -902,14 +901,16 @@ def evaluate(model, folder, entries, cfg: Config, device, title="evaluate", keep
     """IoU per class [N], percent, of a model (images -> logits) over images with masks.
 
     `keep(entry, prediction [H, W])` is called for each image, also for those without a mask."""
-    matrix = torch.zeros(len(folder.classes), len(folder.classes), dtype=torch.long)
-    for entry in tqdm(entries, desc=title, leave=False, disable=None):
-        prediction = segment(model, folder.image(entry), cfg, device).argmax(0).cpu()
+    matrix = torch.zeros(len(folder.classes), len(folder.classes), dtype=torch.long, device=device)
+    rank, processes = data_prep.process()  # K processes take every K-th image
+    for entry in tqdm(entries[rank::processes], title, leave=False, disable=rank > 0 or None):
+        prediction = segment(model, folder.image(entry), cfg, device).argmax(0)
         if keep:
-            keep(entry, prediction)
+            keep(entry, prediction.cpu())
         if entry[1]:
-            matrix += confusion_matrix(prediction, folder.mask(entry), len(folder.classes))
-    return iou_per_class(matrix)
+            target = folder.mask(entry).to(device)
+            matrix += confusion_matrix(prediction, target, len(folder.classes))
+    return iou_per_class(data_prep.total(matrix).cpu())
 
 
 # ----------------------------------------------------------------------------------------------
@@ -942,6 +943,7 @@ class Training:
         student = assemble(cfg, clip.visual, language.decoder_text, cfg.conv_weights)
         self.cfg, self.folder, self.device = cfg, folder, device
         self.student = student.to(device).train()
+        self.parallel = data_prep.parallel_model(self.student, device)  # the same, K processes
         frozen = copy_trained(self.student.clip)  # CLIP as it is before the first step
         self.guidance = FrozenGuidance(
             frozen, language.concepts, language.owner, cfg.guidance_conf).to(device)
@@ -958,26 +960,29 @@ class Training:
         self.accepted = torch.zeros(len(folder.classes), dtype=torch.long, device=device)
 
     def batches(self) -> DataLoader:
-        """The batches from the present step to the last."""
+        """The batches from the present step to the last; of each, this process's share."""
         cfg, folder = self.cfg, self.folder
         unlabelled = folder.unlabelled if cfg.unlabeled else []
-        length = self.steps * cfg.batch
+        length, (rank, processes) = self.steps * cfg.batch, data_prep.process()
+        share = cfg.batch // processes
+        mine = [i for i in range(self.step * cfg.batch, length) if i % cfg.batch // share == rank]
         return DataLoader(
-            TrainingPictures(folder, folder.labelled, unlabelled, cfg, length), cfg.batch,
-            sampler=range(self.step * cfg.batch, length), worker_init_fn=data_prep.quiet_worker,
+            TrainingPictures(folder, folder.labelled, unlabelled, cfg, length), share,
+            sampler=mine, worker_init_fn=data_prep.quiet_worker,
             num_workers=data_prep.loaders(cfg.workers), pin_memory=self.device.type == "cuda")
 
     def train_step(self, batch: dict) -> dict:
         """One optimiser step on a batch of `batches` -> scalars for the log. UserError, before
         any weight changes, if the loss is not finite."""
-        cfg = self.cfg
-        torch.manual_seed(cfg.seed * STREAM + self.step)  # so a resumed run drops the same maps
-        chunks = [slice(i, i + cfg.micro_batch) for i in range(0, cfg.batch, cfg.micro_batch)]
+        cfg, share = self.cfg, len(batch["x"])  # with K processes each has a K-th of the batch
+        chunks = [slice(i, i + cfg.micro_batch) for i in range(0, share, cfg.micro_batch)]
         guidance_weight = cfg.guidance * (1 - self.step / self.steps)  # falls to 0
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(group["base_lr"], self.step, self.steps)
         data = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if k != "files"}
         x, y = normalize(data["x"], cfg), data["y"].long()
+        rank, _ = data_prep.process()
+        first = self.step * cfg.batch + rank * share  # number of the share's first data item
 
         # Pseudo-labels and guidance from the weak view; CutMix carries them into the strong ones.
         views, log = [], {}
@@ -987,19 +992,34 @@ class Training:
             with data_prep.autocast(cfg, self.device):
                 parts = [make_targets(self.teacher, guidance, w[chunk], data["padding"][chunk])
                          for chunk in chunks]
-            targets = Targets(*map(torch.cat, zip(*parts)))  # [B, H, W]: partners cross chunks
-            views = [cutmix(s1, targets, data["box1"]), cutmix(s2, targets, data["box2"]),
-                     (w, targets)]
+            targets = Targets(*map(torch.cat, zip(*parts)))  # [share, H, W]
+
+            def partners(t):
+                # An image's partner is at the mirrored place of the whole batch, be that in
+                # another process; so every image is loaded and predicted once. The middle one of
+                # an odd batch is its own partner: nothing changes.
+                return data_prep.gather(t).flip(0)[rank * share:][:share]
+
+            paste = targets.map(partners)
+            views = [cutmix(s1, targets, partners(s1), paste, data["box1"]),
+                     cutmix(s2, targets, partners(s2), paste, data["box2"]), (w, targets)]
             log = self.tally(targets)
 
-        # Student, by micro-batches. Each loss is a mean over its own micro-batch's pixels.
+        # Student, by micro-batches. Each loss is a mean over its own micro-batch's pixels, the
+        # gradient a mean over all micro-batches, here and (after the last) in other processes.
+        sums = {}
         for chunk in chunks:
+            # So that a resumed run, or one in K processes, drops the same feature maps.
+            torch.manual_seed(cfg.seed * STREAM + first + chunk.start)
             part = [(view[chunk], t.map(lambda t: t[chunk])) for view, t in views]
-            with data_prep.autocast(cfg, self.device):
-                losses = semivl_loss(self.student, x[chunk], y[chunk], part, cfg, guidance_weight)
-            (losses["total"] / len(chunks)).backward()
+            with data_prep.in_step(self.parallel, chunk is chunks[-1]):
+                with data_prep.autocast(cfg, self.device):
+                    losses = semivl_loss(
+                        self.parallel, x[chunk], y[chunk], part, cfg, guidance_weight)
+                (losses["total"] / len(chunks)).backward()
             for name, loss in losses.items():
-                log[name] = log.get(name, 0.0) + float(loss.detach()) / len(chunks)
+                sums[name] = sums.get(name, 0.0) + loss.detach() / len(chunks)
+        log |= data_prep.means(sums)
         if not math.isfinite(log["total"]):
             raise UserError(f"step {self.step}: the loss is {log['total']}, so the run stops. "
                             f"Lower --lr, or look at these files: {' '.join(batch['files'])}")
@@ -1012,11 +1032,12 @@ class Training:
 
     def tally(self, targets: Targets) -> dict:
         """For the log: shares of true pixels with a confident pseudo-label, with a guide label."""
-        pixels = (~targets.padding).sum().clamp(min=1)
         kept = (targets.confidence >= self.cfg.conf) & ~targets.padding
-        self.accepted += targets.label[kept].bincount(minlength=len(self.accepted))
-        guided = (targets.guide != IGNORE).sum()
-        return dict(kept=float(kept.sum() / pixels), guided=float(guided / pixels))
+        accepted = targets.label[kept].bincount(minlength=len(self.accepted))
+        counts = torch.stack([(~targets.padding).sum(), (targets.guide != IGNORE).sum()])
+        accepted, (pixels, guided) = data_prep.total(accepted), data_prep.total(counts).tolist()
+        self.accepted += accepted
+        return dict(kept=float(accepted.sum()) / max(pixels, 1), guided=guided / max(pixels, 1))
 
     def miou(self, model, entries: list, title: str) -> float:
         """mIoU in percent of the teacher, the student or frozen CLIP."""
@@ -1062,6 +1083,7 @@ class Training:
             setattr(self, name, content[name])
 
 
+@data_prep.in_every_process
 def train(cfg: Config, resume: dict | None = None) -> None:
     """A whole run: build or resume, check frozen CLIP, train, evaluate, test, draw."""
     folder = data_prep.open_data(cfg, CLASSES)
@@ -1106,7 +1128,7 @@ def train(cfg: Config, resume: dict | None = None) -> None:
         finally:
             del batches  # and with it the loader processes, whatever has happened
     models = {"CLIP by names": run.frozen_names, "by definitions": run.guidance}
-    data_prep.report(run, models | {"SemiVL": run.teacher}, evaluate, segment)
+    data_prep.report(METHOD, run, models | {"SemiVL": run.teacher})
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1131,29 +1153,6 @@ def load_authors_checkpoint(state_dict: dict, text: torch.Tensor, heads: int | N
     return model.eval()
 
 
-def load_authors_file(file: str, weights: dict, typed: dict, free: list[str]):
-    """What `load_checkpoint` returns, for the authors' file; it tells neither its data set (but for
-    Cityscapes) nor the text, so these come from the options typed."""
-    conv_skip = any("conv_encoder." in name for name in weights)
-    data_prep.allow_only(typed, file, "crop", "clip", "clip_tag", "clip_weights", *free)
-    dataset = typed.get("dataset", "cityscapes" if conv_skip else "")
-    if not dataset:
-        raise UserError(f"{file}: a checkpoint of the authors' code does not tell its data set; "
-                        "add --dataset voc, coco, ade20k or a FOLDER")
-    known = dict(dataset=dataset, authors_clip=True, conv_skip=conv_skip)
-    cfg = Config(**PRESETS.get(dataset, {}) | typed | known)
-    data_prep.check_settings(cfg, training=False)
-    classes = CLASSES.get(dataset) or data_prep.open_data(cfg, CLASSES).classes
-    clip = data_prep.load_clip(cfg.clip, cfg.clip_tag, cfg.clip_weights, cfg.root)
-    text = describe_classes(clip, classes, cfg).decoder_text
-    try:  # the heads cannot be seen in the tensors; --clip tells
-        heads = clip.visual.transformer.resblocks[0].attn.num_heads
-        return load_authors_checkpoint(weights, text, heads), cfg, list(classes)
-    except (KeyError, RuntimeError, IndexError, ValueError, AttributeError) as error:
-        reason = str(error).rpartition("\n")[2].strip()[:160]
-        raise UserError(f"{file}: not a whole checkpoint of the authors' ({reason})") from None
-
-
 # ----------------------------------------------------------------------------------------------
 # 12. Command line
 
@@ -1174,31 +1173,7 @@ def load_checkpoint(file: str, typed: dict) -> tuple[SemiVL, Config, list[str]]:
         return model.eval(), cfg, list(content["classes"])
     if not any("decode_head." in name for name in weights):
         raise UserError(f"{file}: not a checkpoint of this program, nor of the authors'")
-    return load_authors_file(file, weights, typed, free)
-
-
-def evaluate_checkpoint(file: str, typed: dict, save_predictions: str | None) -> None:
-    """`--eval`: the protocol of the checkpoint's data set, on validation and test images."""
-    model, cfg, classes = load_checkpoint(file, typed)
-    device, folder = data_prep.pick_device(cfg.device), data_prep.open_data(cfg, CLASSES, classes)
-    folder.check()
-    tables, keep, secret = {}, None, []  # secret: test images whose masks only a server has
-    if save_predictions is not None:
-        keep, secret = data_prep.server_files(save_predictions, folder), folder.secret
-    for split, entries in (("val", folder.val), ("test", folder.test), ("secret", secret)):
-        iou = evaluate(model.to(device), folder, entries, cfg, device, split, keep)
-        if iou.isfinite().any():
-            tables[split] = {"SemiVL": iou}
-            print(data_prep.iou_table(f"IoU, {split}", tables[split], classes))
-    print(data_prep.write_tables(file, cfg, tables, classes))
-
-
-def predict(file: str, images: list[str], typed: dict) -> None:
-    """`--predict`: a palette PNG and an overlay of each picture, beside the checkpoint."""
-    model, cfg, classes = load_checkpoint(file, typed)
-    device, out = data_prep.pick_device(cfg.device), cfg.out or Path(file).parent / "predictions"
-    data_prep.save_predictions(Path(out), images, classes, lambda image: segment(
-        model.to(device), image, cfg, device).argmax(0).cpu())
+    return data_prep.load_authors_file(METHOD, file, weights, typed, free)
 
 
 def main(argv=None) -> int:
@@ -1208,12 +1183,12 @@ def main(argv=None) -> int:
         typed, args = data_prep.parse_args(argv, Config, PRESETS)
         cfg = Config(**PRESETS.get(typed.get("dataset", "toy"), {}) | typed)
         if args.eval is not None:
-            evaluate_checkpoint(args.eval, typed, args.save_predictions)
+            data_prep.evaluate_checkpoint(METHOD, args.eval, typed, args.save_predictions)
         elif args.predict:
-            predict(args.predict[0], args.predict[1:], typed)
+            data_prep.predict(METHOD, args.predict[0], args.predict[1:], typed)
         elif args.benchmark:
             data_prep.check_settings(cfg)
-            data_prep.benchmark(cfg, CLASSES, Training, TrainingPictures, segment)
+            data_prep.benchmark(METHOD, cfg, args.benchmark)
         elif args.resume is not None:
             train(*data_prep.load_run(args.resume, Config, typed))
         else:

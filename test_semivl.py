@@ -12,6 +12,7 @@ import io
 import json
 import math
 import multiprocessing
+import os
 import shutil
 import signal
 import subprocess
@@ -315,7 +316,9 @@ def test_losses_and_gradients_of_a_step_equal_the_authors(variant, monkeypatch):
     box2 = torch.tensor([[64, 64, 128, 128]] * 2)
 
     targets = semivl.make_targets(semivl.EMATeacher(student, 0), guidance, w, padding)
-    views = [semivl.cutmix(s1, targets, box1), semivl.cutmix(s2, targets, box2), (w, targets)]
+    flipped = targets.map(lambda t: t.flip(0))
+    views = [semivl.cutmix(s1, targets, s1.flip(0), flipped, box1),
+             semivl.cutmix(s2, targets, s2.flip(0), flipped, box2), (w, targets)]
     losses = semivl.semivl_loss(student, x, y, views, Config(conf=conf), guidance_weight=0.075)
     losses["total"].backward()
 
@@ -548,7 +551,9 @@ def test_cutmix_moves_image_and_all_targets_together():
     value = torch.arange(128).reshape(2, 8, 8)
     targets = Targets(value, value.float(), value % 2 == 0, value + 1)
     images = value.float().unsqueeze(1).repeat(1, 3, 1, 1)
-    mixed, t = semivl.cutmix(images, targets, torch.tensor([[2, 1, 5, 7], [0, 0, 0, 0]]))
+    partners = targets.map(lambda t: t.flip(0))
+    box = torch.tensor([[2, 1, 5, 7], [0, 0, 0, 0]])
+    mixed, t = semivl.cutmix(images, targets, images.flip(0), partners, box)
     expected = value.clone()
     expected[0, 2:5, 1:7] = value[1, 2:5, 1:7]
     assert torch.equal(t.label, expected)
@@ -1319,6 +1324,65 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(folder):
     assert torch.equal(run.student.decoder.lift.weight, before)
 
 
+@torch.no_grad()
+def test_bf16_logits_differ_from_the_authors_by_two_percent_of_their_range_at_most(authors):
+    images = random_normal(7, (2, 3, 128, 128))
+    exact = authors(images)
+    assert_golden("logits", exact)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = authors(images)
+    assert logits.dtype == torch.float32 and not torch.equal(logits, exact)
+    assert (logits - exact).abs().max() < 0.02 * (exact.max() - exact.min())
+
+
+def test_linear_by_convolution_is_linear():
+    x, weight, bias = (random_normal(seed, shape).requires_grad_() for seed, shape in (
+        (1, (2, 9, 12)), (2, (20, 12)), (3, (20,))))
+    for trained in ((x, weight, bias), (x,), (weight,)):
+        results = []
+        for linear in (F.linear, data_prep.linear):
+            y = linear(*(t if any(t is u for u in trained) else t.detach() for t in (x, weight, bias)))
+            grads = torch.autograd.grad(y.square().sum(), trained)
+            results.append((y, *grads))
+        for mine, theirs in zip(*results):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_groups_of_classes_change_nothing(monkeypatch, recompute):
+    decoder = semivl.LanguageGuidedDecoder(16, 8, 8)
+    dense, shallow, deep = (random_normal(c, (2, c, 6, 6)) for c in (16, 8, 8))
+    results = []
+    for group in (1000, 6):  # of 2 images times 7 classes: all at once; 3, 3 and 1
+        monkeypatch.setattr(semivl, "MAPS_AT_ONCE", group)
+        decoder.recompute = recompute and group == 6
+        decoder.zero_grad()
+        logits = decoder(dense, (shallow, deep), random_normal(1, (7, 16)))
+        logits.square().mean().backward()
+        results.append([logits, *(p.grad.clone() for p in decoder.parameters())])
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_memory_table_counts_what_a_step_keeps():
+    for recompute in (False, True):
+        cfg = Config(dataset="voc", clip="toy", crop=64, micro_batch=1, recompute=recompute)
+        counted, _ = data_prep.saved_bytes(semivl, cfg)
+        model = semivl.assemble(cfg, data_prep.empty_clip("toy").visual, torch.zeros(21, 64))
+        ours, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        image, label = torch.randn(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.long)
+        targets = Targets(label, label.float(), label > 0, label)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            semivl.semivl_loss(model.train(), image, label, [(image, targets)] * 3, cfg, 0.1)
+        real = sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in ours)
+        assert counted == real
+
+
 def test_bf16_autocast_stays_close_to_float32(folder):
     logs = []
     for precision in ("fp32", "bf16"):
@@ -1327,6 +1391,47 @@ def test_bf16_autocast_stays_close_to_float32(folder):
             patch.setattr(F, "dropout2d", lambda f, p: f)
             logs.append(run.train_step(next(iter(run.batches()))))
     assert logs[1]["total"] == pytest.approx(logs[0]["total"], rel=0.02)
+
+
+def logged(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def torchrun(processes: int, command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         f"--nproc-per-node={processes}", semivl.__file__, *command.split()],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+
+
+# Batches of 6 make micro-batches of 2, 1, 2, 1 in two processes, and 3 validation images are shared
+# unevenly: neither may keep a process waiting.
+@pytest.mark.parametrize("batch, micro_batch", [(4, 2), (6, 2)])
+def test_two_processes_train_as_one_that_accumulates_twice(folder, tmp_path, batch, micro_batch):
+    command = (f"--dataset {folder} --labels 2 --steps 5 --evals 1 --stride 32 --lr 1e-4 --conf 0.1 "
+               f"--vit-lr 1e-5 --guidance-conf 0.1 {TINY} --batch {batch} "
+               f"--micro-batch {micro_batch} --device cpu --out ")
+    one, two = tmp_path / "one", tmp_path / "two"
+    # One process with one thread, too: sums in another order would flip a near-tie of two classes.
+    done = torchrun(2, command + str(two))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("writes to") == 1  # one process speaks for all
+    if batch % (2 * micro_batch):
+        assert len(logged(two)) == 6  # other micro-batches than one process makes, but no hanging
+        return
+    assert torchrun(1, command + str(one)).returncode == 0
+    for mine, theirs in zip(logged(one), logged(two), strict=True):
+        shares = mine.pop("pseudo_labels", None), theirs.pop("pseudo_labels", None)
+        assert shares[0] == shares[1]
+        for name in set(mine) - {"images_per_second"}:
+            assert mine[name] == pytest.approx(theirs[name], rel=0, abs=1e-5), name
+
+
+def test_processes_that_cannot_share_a_batch_are_told_so(folder, tmp_path):
+    done = torchrun(2, f"--dataset {folder} --labels 2 --steps 1 {TINY} --batch 1 --micro-batch 1 "
+                       f"--out {tmp_path / 'run'}")
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    assert "--batch 1: cannot be shared by 2 processes" in done.stderr
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1399,7 +1504,7 @@ def test_the_benchmark_prints_json(folder, capsys):
     phases = result["seconds_per_phase"]
     assert {"teacher", "guidance", "student forward", "backward", "optimiser"} < set(phases)
     assert all(seconds > 0 for seconds in phases.values())
-    assert result["loader"]["samples_per_second_per_core"] > 0
+    assert result["samples_per_second_per_core"] > 0
 
 
 def test_help_shows_every_setting(capsys):
