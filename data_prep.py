@@ -737,8 +737,10 @@ def empty_clip(name: str) -> open_clip.CLIP:
         raise UserError(f"--clip {name}: not a plain CLIP that open_clip knows; take 'toy', or a "
                         "ViT of open_clip.list_models() such as ViT-B-16-quickgelu")
     clip = open_clip.CLIP(**config)
-    if not isinstance(clip.visual, open_clip.transformer.VisionTransformer):
-        raise UserError(f"--clip {name}: not a ViT; take one such as ViT-B-16-quickgelu")
+    vit, blocks = clip.visual, open_clip.transformer.ResidualAttentionBlock
+    if (not isinstance(vit, open_clip.transformer.VisionTransformer) or vit.attn_pool
+            or not all(type(block) is blocks for block in vit.transformer.resblocks)):
+        raise UserError(f"--clip {name}: not a plain ViT; take one such as ViT-B-16-quickgelu")
     return clip
 
 
@@ -1003,15 +1005,18 @@ def parse_args(argv, config, presets: dict) -> tuple[dict, argparse.Namespace]:
                        choices=("step", "memory", "growth", "loader"),
                        help="seconds and memory of a step on random images; or a table of the "
                             "memory, growth (with classes and pixels) or loader's speed")
+    group.add_argument("--ladder", action="store_const", const=True,
+                       help="what each idea buys in the toy world, with five seeds: half an hour")
     group.add_argument("--save-predictions", metavar="DIR",
                        help="with --eval: a PNG of each image, as the data set's server wants it")
     group.add_argument("--resume", metavar="RUN", help="go on with a run that was interrupted")
     args = parser.parse_args(argv)
     if args.save_predictions is not None and args.eval is None:
         refuse("--save-predictions goes with --eval only")
-    if sum(a is not None for a in (args.eval, args.predict, args.resume, args.benchmark)) > 1:
-        refuse("--eval, --predict, --resume and --benchmark exclude each other")
-    if os.environ.get("WORLD_SIZE", "1") != "1" and (args.eval or args.predict or args.benchmark):
+    actions = (args.eval, args.predict, args.resume, args.benchmark, args.ladder)
+    if sum(a is not None for a in actions) > 1:
+        refuse("--eval, --predict, --resume, --benchmark and --ladder exclude each other")
+    if os.environ.get("WORLD_SIZE", "1") != "1" and any(a for a in actions if a != args.resume):
         refuse("torchrun is for training; start this with python")
     typed = {field.name: getattr(args, field.name) == "on" if field.type is bool
              else getattr(args, field.name) for field in fields if hasattr(args, field.name)}
@@ -1640,6 +1645,86 @@ def means(scalars: dict) -> dict:
     return dict(zip(scalars, values.tolist()))
 
 
+def other_action(method, args, typed: dict, cfg) -> bool:
+    """Does what was asked for instead of a training run; False if nothing was."""
+    if args.eval is not None:
+        evaluate_checkpoint(method, args.eval, typed, args.save_predictions)
+    elif args.predict:
+        predict(method, args.predict[0], args.predict[1:], typed)
+    elif args.benchmark:
+        check_settings(cfg)
+        benchmark(method, cfg, args.benchmark)
+    elif args.ladder:
+        ladder(method, typed)
+    else:
+        return False
+    return True
+
+
+# ----------------------------------------------------------------------------------------------
+# The ladder: what each idea buys in the toy world
+# ----------------------------------------------------------------------------------------------
+
+# Each rung adds one idea to the one before; then SemiVL with one thing changed.
+LADDER = {
+    "labelled scenes only, DeepLabV3+": "--decoder vision --unlabeled off",
+    "+ consistency (UniMatch, EMA teacher)": "--decoder vision --guidance 0",
+    "+ language-guided decoder": "--guidance 0",
+    "+ guidance by class names": "--definitions off",
+    "+ definitions: SemiVL": "",
+    "SemiVL, whole ViT trained": "--finetune all",
+    "SemiVL, ViT not trained": "--finetune none",
+    "SemiVL, the student its own teacher": "--ema 0",
+    "SemiVL, DeepLabV3+ decoder": "--decoder vision",
+    "language decoder, labelled scenes only": "--unlabeled off",
+}
+FULL = "+ definitions: SemiVL"
+
+
+def ladder(method, typed: dict, seeds: int = 5) -> None:
+    """`--ladder`: every arm of LADDER with every seed, a thread each, as many at a time as there
+    are cores; then the table of test mIoU. What has been run stays in runs/ladder, so that an
+    interrupted ladder goes on where it stopped."""
+    allow_only(typed, "--ladder", "root")
+    root = typed.get("root", "data")
+    make_toy(root)
+    place = Path("runs/ladder")
+
+    def run(item):
+        seed, arm = item
+        out = place / f"{list(LADDER).index(arm)}-{seed}"
+        if not (out / "result.json").exists():
+            options = (["--resume", str(out)] if (out / "last.pt").exists() else
+                       ["--root", str(root), "--seed", str(seed), "--out", str(out),
+                        *LADDER[arm].split()])
+            done = subprocess.run([sys.executable, method.__file__, *options], text=True,
+                                  env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+            if done.returncode:
+                raise UserError(f"{out}: {done.stderr.strip().splitlines()[-1]}")
+        result = json.loads((out / "result.json").read_text())["test"]
+        begin, end = ((out / name).stat().st_mtime for name in ("config.json", "result.json"))
+        return {model: column["miou"] for model, column in result.items()} | dict(time=end - begin)
+
+    items = [(seed, arm) for seed in range(seeds) for arm in LADDER]
+    results = dict(zip(items, parallel(run, items, "ladder")))
+    full = [results[seed, FULL] for seed in range(seeds)]
+    print("test mIoU of the toy world; seeds also draw the four labelled scenes\n")
+    print(f"{'':40}" + "".join(f"{'seed ' + str(n):>8}" for n in range(seeds))
+          + f"{'mean':>8}{'sd':>6}  {'SemiVL is ahead by':20}{'seconds':>8}")
+    for name, model in (("frozen CLIP, class names", "CLIP by names"),
+                        ("frozen CLIP, definitions", "by definitions")):
+        print(f"{name:40}" + "".join(f"{r[model]:8.1f}" for r in full))
+    for arm in LADDER:
+        rows = [results[seed, arm] for seed in range(seeds)]
+        scores = [r["SemiVL"] for r in rows]
+        ahead = [f["SemiVL"] - s for f, s in zip(full, scores)]
+        gain = "" if arm == FULL else (
+            f"{statistics.mean(ahead):.1f} (sd {statistics.stdev(ahead):.1f})")
+        print(f"{arm:40}" + "".join(f"{s:8.1f}" for s in scores)
+              + f"{statistics.mean(scores):8.1f}{statistics.stdev(scores):6.1f}  {gain:20}"
+              f"{statistics.mean(r['time'] for r in rows):8.0f}")
+
+
 # ----------------------------------------------------------------------------------------------
 # Benchmark: the true model on random images; needs no data and no weights
 # ----------------------------------------------------------------------------------------------
@@ -1773,16 +1858,16 @@ def memory_table(method, cfg) -> None:
     """Which micro-batch fits into which memory, for each data set."""
     cards, rows = (12, 16, 24, 40), []
     print("GB that a micro-batch of 1 (4 images at once) keeps for the backward pass; the largest\n"
-          "micro-batch in cards of 12, 16, 24, 40 GB. Needed: weights, gradients and optimiser, 1.2\n"
-          "times what is kept, 1 GB for CUDA.\n")
+          "micro-batch in cards of 12, 16, 24, 40 GB. Needed: weights, gradients and optimiser,\n"
+          "1.2 times what is kept, 1 GB for CUDA.\n")
     print(f"{'':12}{'classes':>8}{'crop':>6}  {'precision':10}{'recompute':>9}{'kept':>7}"
           f"{'weights':>9}  " + "".join(f"{card:>4}" for card in cards))
     for name in PUBLISHED:
         for kind in ("fp32", "bf16"):
             whole = None
             for recompute in (False, True):
-                changes = dict(precision=kind, recompute=recompute, conv_weights="none")
-                one = method.Config(**method.PRESETS[name] | dict(dataset=name, micro_batch=1) | changes)
+                changes = dict(dataset=name, micro_batch=1, precision=kind, recompute=recompute)
+                one = method.Config(**method.PRESETS[name] | changes)
                 kept, fixed = saved_bytes(method, one)
                 maps = 4 * len(method.CLASSES[name])
                 # Recomputing brings back what is inside one group of classes at a time.

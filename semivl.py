@@ -23,6 +23,7 @@ A few images with masks, many without, and a CLIP that has read the names of the
     python semivl.py --eval runs/toy-4/last.pt             IoU per class of a checkpoint
     python semivl.py --predict runs/toy-4/last.pt a.png    palette PNG and overlay of a picture
     python semivl.py --benchmark --dataset voc             seconds and memory of a step
+    python semivl.py --ladder                              what each idea buys in the toy world
     torchrun --nproc-per-node=4 semivl.py --dataset voc    the same training on four GPUs
 
 Letters for shapes, in every comment below:
@@ -136,7 +137,7 @@ PRESETS = {
 
 STREAM = 1_000_003  # data item i and step i draw their random numbers with seed * STREAM + i
 METHOD = sys.modules[__name__]  # for data_prep.py, which this file imports, to call back
-IGNORE = data_prep.IGNORE  # 255, "no label" in every mask, whatever a folder's files call it
+IGNORE = 255  # "no label" in every mask, whatever a folder's files call it
 
 # ----------------------------------------------------------------------------------------------
 # 2. Language: what the classes are called, and what they mean (paper: class definitions)
@@ -245,7 +246,7 @@ class DenseCLIP(nn.Module):
     def __init__(self, visual, grid=None, authors=False, statistics=None):
         super().__init__()
         if not isinstance(visual, open_clip.transformer.VisionTransformer) or visual.attn_pool:
-            raise UserError("DenseCLIP needs a plain ViT of open_clip, such as ViT-B-16")
+            raise ValueError("DenseCLIP needs a plain ViT of open_clip, such as ViT-B-16")
         self.visual = visual
         self.patch = visual.conv1.kernel_size[0]
         depth = len(visual.transformer.resblocks)
@@ -287,7 +288,8 @@ class DenseCLIP(nn.Module):
         maps = {}
         for i, block in enumerate(vit.transformer.resblocks):
             if i in self.skip_blocks:
-                maps[i] = to_map(transformer_block(block, x, False, self.linear))  # NOT the block's output
+                # NOT the block's output.
+                maps[i] = to_map(transformer_block(block, x, False, self.linear))
             last = i + 1 == len(vit.transformer.resblocks)
             x = transformer_block(block, x, last_attention or not last, self.linear)
         x = vit.ln_post(x) @ vit.proj  # [B, T, E]
@@ -812,7 +814,7 @@ def guidance_loss(logits, targets: Targets):
 
 
 def semivl_loss(student, x, y, views, cfg: Config, guidance_weight: float) -> dict:
-    """One forward of the student and all seven losses (fp: w with feature perturbation):
+    """One forward of the student, all seven losses (fp: w with feature perturbation) and "total":
 
         (L_x + (L_s1 + L_s2 + 2 L_fp) / 4) / 2 + guidance_weight (G_s1 + G_s2 + 2 G_fp) / 4
 
@@ -822,8 +824,6 @@ def semivl_loss(student, x, y, views, cfg: Config, guidance_weight: float) -> di
         x, y: labelled images [B, 3, H, W] and masks [B, H, W].
         views: [(s1, targets), (s2, targets), (w, targets)]; the features of the last one are
             perturbed. Empty without unlabelled images.
-    Returns:
-        dict of scalars: "total" to minimise, and its parts.
     """
     images = torch.cat([x] + [view for view, _ in views])
     logits = student(images, perturb=len(x) if views else 0).split(len(x))  # [B, N, H, W] each
@@ -1182,16 +1182,9 @@ def main(argv=None) -> int:
     try:
         typed, args = data_prep.parse_args(argv, Config, PRESETS)
         cfg = Config(**PRESETS.get(typed.get("dataset", "toy"), {}) | typed)
-        if args.eval is not None:
-            data_prep.evaluate_checkpoint(METHOD, args.eval, typed, args.save_predictions)
-        elif args.predict:
-            data_prep.predict(METHOD, args.predict[0], args.predict[1:], typed)
-        elif args.benchmark:
-            data_prep.check_settings(cfg)
-            data_prep.benchmark(METHOD, cfg, args.benchmark)
-        elif args.resume is not None:
+        if args.resume is not None:
             train(*data_prep.load_run(args.resume, Config, typed))
-        else:
+        elif not data_prep.other_action(METHOD, args, typed, cfg):  # --eval, --predict, ...
             data_prep.check_settings(cfg)
             train(cfg)
     except KeyboardInterrupt:

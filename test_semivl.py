@@ -6,6 +6,7 @@ The numbers below were computed once by the authors' code (google-research/semiv
 float32, CPU) with weights made by a formula, so that nobody has to carry a weight file.
 """
 
+import ast
 import hashlib
 import http.server
 import io
@@ -588,6 +589,29 @@ def test_scale_crop_flip_keeps_image_and_mask_aligned_and_marks_padding():
         assert (x[0][y == IGNORE] == 0).all()
         aligned = ((x[0] > 155) == (y == 1))[y != IGNORE]
         assert aligned.float().mean() > 0.97  # edges are blurred, labels are not
+
+
+def test_strong_views_have_the_published_distribution():
+    torch.manual_seed(0)
+    n, grey = 1000, torch.full((3, 16, 16), 100, dtype=torch.uint8)
+    # Contrast, saturation, hue, grey and blur leave a uniform grey alone: brightness is what is seen.
+    factors = torch.stack([semivl.strong_view(grey)[0, 0, 0] for _ in range(n)]).double() / 100
+    assert 0.76 < (factors != 1).double().mean() < 0.84  # jitter with p = 0.8
+    jittered = factors[factors != 1]
+    assert jittered.min() < 0.53 and jittered.max() > 1.47
+    assert ((jittered > 0.48) & (jittered < 1.52)).all()
+    assert jittered.mean() == pytest.approx(1, abs=0.04)
+    assert jittered.std() == pytest.approx(1 / 12**0.5, abs=0.02)  # uniform on [0.5, 1.5]
+
+    edge = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    edge[:, :, 8:] = torch.tensor([200, 120, 80], dtype=torch.uint8)[:, None, None]
+    views = torch.stack([semivl.strong_view(edge) for _ in range(n)]).double()
+    assert 0.16 < (views[:, 0] == views[:, 2]).all(2).all(1).double().mean() < 0.24  # grey, p = 0.2
+    dark, bright = views[:, 1, 0, 0], views[:, 1, 0, 15]
+    middle = (views[:, 1, 8, 8] - dark) / (bright - dark)  # 1 unless blurred
+    # With p = 0.5; a sigma under 0.36 (one draw in 7) does not show.
+    assert 0.38 < (middle < 0.98).double().mean() < 0.48
+    assert 0.55 < middle.min() < 0.65  # sigma up to 2
 
 
 def test_cutmix_boxes_have_the_published_distribution():
@@ -1341,7 +1365,8 @@ def test_linear_by_convolution_is_linear():
     for trained in ((x, weight, bias), (x,), (weight,)):
         results = []
         for linear in (F.linear, data_prep.linear):
-            y = linear(*(t if any(t is u for u in trained) else t.detach() for t in (x, weight, bias)))
+            inputs = (t if any(t is u for u in trained) else t.detach() for t in (x, weight, bias))
+            y = linear(*inputs)
             grads = torch.autograd.grad(y.square().sum(), trained)
             results.append((y, *grads))
         for mine, theirs in zip(*results):
@@ -1408,8 +1433,8 @@ def torchrun(processes: int, command: str) -> subprocess.CompletedProcess:
 # unevenly: neither may keep a process waiting.
 @pytest.mark.parametrize("batch, micro_batch", [(4, 2), (6, 2)])
 def test_two_processes_train_as_one_that_accumulates_twice(folder, tmp_path, batch, micro_batch):
-    command = (f"--dataset {folder} --labels 2 --steps 5 --evals 1 --stride 32 --lr 1e-4 --conf 0.1 "
-               f"--vit-lr 1e-5 --guidance-conf 0.1 {TINY} --batch {batch} "
+    command = (f"--dataset {folder} --labels 2 --steps 5 --evals 1 --stride 32 --lr 1e-4 "
+               f"--conf 0.1 --vit-lr 1e-5 --guidance-conf 0.1 {TINY} --batch {batch} "
                f"--micro-batch {micro_batch} --device cpu --out ")
     one, two = tmp_path / "one", tmp_path / "two"
     # One process with one thread, too: sums in another order would flip a near-tie of two classes.
@@ -1432,6 +1457,67 @@ def test_processes_that_cannot_share_a_batch_are_told_so(folder, tmp_path):
                        f"--out {tmp_path / 'run'}")
     assert done.returncode != 0 and not (tmp_path / "run").exists()
     assert "--batch 1: cannot be shared by 2 processes" in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------
+# Copying out: a piece works with the definitions it names and the imports, nothing else of the file
+# ----------------------------------------------------------------------------------------------
+
+
+def cut_out(name: str) -> dict:
+    """What `name` is in a fresh namespace that holds only it, what it needs, and library imports."""
+    source = Path(semivl.__file__).read_text()
+    places = {}
+    for node in ast.parse(source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node]
+        for target in targets:
+            places[getattr(target, "id", getattr(target, "name", None))] = node
+    needed, todo = [], [name]
+    while todo:
+        node = places[todo.pop()]
+        if node not in needed:
+            needed.append(node)
+            used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+            assert not used & {"data_prep", "UserError", "Config", "METHOD"}, (name, node.name)
+            todo += used & set(places)
+    imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))
+               and "data_prep" not in line]
+    order = sorted(needed, key=lambda node: node.lineno)
+    namespace = {"__name__": "cut_out"}
+    lines = source.splitlines()
+    first = [min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+             for node in order]
+    parts = ["\n".join(lines[i - 1:node.end_lineno]) for i, node in zip(first, order)]
+    exec("\n".join(imports + parts), namespace)
+    return namespace
+
+
+def test_each_piece_works_when_it_is_cut_out():
+    images, text = random_normal(1, (2, 3, 32, 48)), random_normal(2, (5, 64))
+    dense_clip = cut_out("DenseCLIP")["DenseCLIP"](data_prep.empty_clip("toy").visual)
+    dense, skips = dense_clip(images)
+    width = skips[0].shape[1]
+    decoder = cut_out("LanguageGuidedDecoder")["LanguageGuidedDecoder"](64, width, width)
+    logits = decoder(dense, skips, text).detach()
+    assert logits.shape == (2, 5, 16, 24)
+
+    piece = cut_out("consistency_loss")
+    label, none = logits.argmax(1), torch.zeros(2, 16, 24, dtype=torch.bool)
+    targets = piece["Targets"](label, torch.ones(2, 16, 24), none, label)
+    assert piece["consistency_loss"](logits, targets) == pytest.approx(
+        float(F.cross_entropy(logits, label)))
+    views = images[:, :, :16, :24]
+    box = torch.tensor([[0, 0, 16, 24], [0, 0, 0, 0]])  # all of the first, nothing of the second
+    mixed, _ = cut_out("cutmix")["cutmix"](views, targets, views.flip(0), targets, box)
+    assert torch.equal(mixed[0], views[1]) and torch.equal(mixed[1], views[1])
+
+    teacher = cut_out("EMATeacher")["EMATeacher"](dense_clip, decay=0.9)
+    teacher.update(dense_clip, step=100)
+    assert torch.equal(teacher(images)[0], dense_clip(images)[0])
+    scores = cut_out("sliding_window")["sliding_window"](lambda part: part, images, 20, 10)
+    torch.testing.assert_close(scores, images)
+    matrix = cut_out("confusion_matrix")["confusion_matrix"](label, label, 5)
+    assert cut_out("iou_per_class")["iou_per_class"](matrix).nanmean() == 100
 
 
 # ----------------------------------------------------------------------------------------------
