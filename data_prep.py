@@ -1005,8 +1005,8 @@ def parse_args(argv, config, presets: dict) -> tuple[dict, argparse.Namespace]:
                        choices=("step", "memory", "growth", "loader"),
                        help="seconds and memory of a step on random images; or a table of the "
                             "memory, growth (with classes and pixels) or loader's speed")
-    group.add_argument("--ladder", action="store_const", const=True,
-                       help="what each idea buys in the toy world, with five seeds: half an hour")
+    group.add_argument("--ladder", nargs="?", const=5, type=number(int, 2, 100), metavar="SEEDS",
+                       help="what each idea buys in the toy world, with so many seeds [5]")
     group.add_argument("--save-predictions", metavar="DIR",
                        help="with --eval: a PNG of each image, as the data set's server wants it")
     group.add_argument("--resume", metavar="RUN", help="go on with a run that was interrupted")
@@ -1069,6 +1069,8 @@ def allow_only(typed: dict, action: str, *allowed: str) -> None:
 
 def pick_device(name: str) -> torch.device:
     """"auto" is the accelerator that torch finds (CUDA, MPS), else the CPU."""
+    if torch.cuda.is_available() and os.environ.get("WORLD_SIZE", "1") != "1":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything touches GPU 0
     if name == "auto":
         found = torch.accelerator.is_available()
         return torch.accelerator.current_accelerator() if found else torch.device("cpu")
@@ -1194,10 +1196,13 @@ def save_whole(content: dict, file: Path) -> None:
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM become KeyboardInterrupt, but never inside a `with signals.held():`."""
+    """Ctrl-C and SIGTERM become KeyboardInterrupt, but never inside a `with signals.held():`.
+
+    Of several processes one that stopped by itself would leave the others waiting. So they ask each
+    other at the end of each such block, and stop together."""
 
     def __enter__(self):
-        self.holding = self.asked = False
+        self.holding, self.asked = dist.is_initialized(), False
         self.before = {}
         if threading.current_thread() is threading.main_thread():  # others cannot have handlers
             self.before = {number: signal.signal(number, self.handle)
@@ -1219,9 +1224,13 @@ class StopSignals:
         """What stands in this block is finished before a signal has its way."""
         self.holding = True
         yield
-        if self.asked:
+        asked = self.asked
+        if dist.is_initialized():
+            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+            asked = bool(total(torch.tensor(int(asked), device=device)))
+        if asked:
             raise KeyboardInterrupt
-        self.holding = False
+        self.holding = dist.is_initialized()
 
 
 def loaders(asked: int) -> int:
@@ -1586,27 +1595,31 @@ def process() -> tuple[int, int]:
 def in_every_process(train):
     """A decorator: `train(cfg, ...)`, joined with the other processes if torchrun started several.
 
-    Process 0 alone prints and writes; the others learn cfg.out from it."""
+    Process 0 alone prints results and writes; the others learn cfg.out from it."""
     @functools.wraps(train)
     def joined(cfg, *rest):
         world = int(os.environ.get("WORLD_SIZE", 1))
         if world == 1:
             return train(cfg, *rest)
-        if cfg.batch % world:
-            raise UserError(f"--batch {cfg.batch}: cannot be shared by {world} processes")
+        share = cfg.batch // world
+        at_once = min(share, cfg.micro_batch)
+        if cfg.batch % world or share % at_once:
+            raise UserError(f"--batch {cfg.batch}, --micro-batch {cfg.micro_batch}: cannot be "
+                            f"shared evenly by {world} processes")
+        if cfg.decoder == "vision" and at_once == 1 and not cfg.unlabeled:
+            raise UserError(f"--decoder vision has batch norm: take a --batch above {world}")
         device = pick_device(cfg.device)
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if device.type not in ("cpu", "cuda") or device.index is not None:
+            raise UserError(f"--device {device}: under torchrun take cuda (each process has the "
+                            "GPU of its number) or cpu")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        try:
-            with contextlib.ExitStack() as stack:
-                if process()[0]:
-                    quiet = stack.enter_context(open(os.devnull, "w"))
-                    stack.enter_context(contextlib.redirect_stdout(quiet))
-                train(cfg, *rest)
-                dist.barrier()  # process 0 is still drawing
-        finally:
-            dist.destroy_process_group()
+        with contextlib.ExitStack() as stack:
+            if process()[0]:
+                quiet = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(quiet))
+            train(cfg, *rest)
+            dist.barrier()  # process 0 may still be drawing
+        dist.destroy_process_group()  # not after an error: others would be waited for
     return joined
 
 
@@ -1615,7 +1628,8 @@ def parallel_model(model: torch.nn.Module, device: torch.device) -> torch.nn.Mod
     if not dist.is_initialized():
         return model
     here = [torch.cuda.current_device()] if device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=here)
+    return torch.nn.parallel.DistributedDataParallel(
+        model, device_ids=here, broadcast_buffers=False)  # see average_buffers
 
 
 def in_step(model, last: bool):
@@ -1623,12 +1637,22 @@ def in_step(model, last: bool):
     return contextlib.nullcontext() if last or not dist.is_initialized() else model.no_sync()
 
 
+def average_buffers(model: torch.nn.Module) -> None:
+    """Each process has its own batch-norm statistics after a step; from here on their means."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= dist.get_world_size()
+
+
 def gather(share: torch.Tensor) -> torch.Tensor:
     """The whole batch [B, ...] of the shares that the processes hold, in their order."""
     if not dist.is_initialized():
         return share
+    share = share.contiguous()
     shares = [torch.empty_like(share) for _ in range(dist.get_world_size())]
-    dist.all_gather(shares, share.contiguous())
+    dist.all_gather(shares, share)
     return torch.cat(shares)
 
 
@@ -1655,7 +1679,7 @@ def other_action(method, args, typed: dict, cfg) -> bool:
         check_settings(cfg)
         benchmark(method, cfg, args.benchmark)
     elif args.ladder:
-        ladder(method, typed)
+        ladder(method, typed, args.ladder)
     else:
         return False
     return True
@@ -1672,19 +1696,24 @@ LADDER = {
     "+ language-guided decoder": "--guidance 0",
     "+ guidance by class names": "--definitions off",
     "+ definitions: SemiVL": "",
+    "SemiVL, DeepLabV3+ decoder": "--decoder vision",
+    "language decoder, labelled scenes only": "--unlabeled off",
     "SemiVL, whole ViT trained": "--finetune all",
     "SemiVL, ViT not trained": "--finetune none",
     "SemiVL, the student its own teacher": "--ema 0",
-    "SemiVL, DeepLabV3+ decoder": "--decoder vision",
-    "language decoder, labelled scenes only": "--unlabeled off",
 }
 FULL = "+ definitions: SemiVL"
 
 
-def ladder(method, typed: dict, seeds: int = 5) -> None:
+def last_line(done: subprocess.CompletedProcess) -> str:
+    """What a process that failed said at last."""
+    return (done.stderr.strip() or f"ended with code {done.returncode}").splitlines()[-1]
+
+
+def ladder(method, typed: dict, seeds: int) -> None:
     """`--ladder`: every arm of LADDER with every seed, a thread each, as many at a time as there
-    are cores; then the table of test mIoU. What has been run stays in runs/ladder, so that an
-    interrupted ladder goes on where it stopped."""
+    are cores (8 at most); then the table of test mIoU. What has been run stays in runs/ladder, so
+    that an interrupted ladder goes on where it stopped."""
     allow_only(typed, "--ladder", "root")
     root = typed.get("root", "data")
     make_toy(root)
@@ -1700,7 +1729,7 @@ def ladder(method, typed: dict, seeds: int = 5) -> None:
             done = subprocess.run([sys.executable, method.__file__, *options], text=True,
                                   env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
             if done.returncode:
-                raise UserError(f"{out}: {done.stderr.strip().splitlines()[-1]}")
+                raise UserError(f"{out}: {last_line(done)}")
         result = json.loads((out / "result.json").read_text())["test"]
         begin, end = ((out / name).stat().st_mtime for name in ("config.json", "result.json"))
         return {model: column["miou"] for model, column in result.items()} | dict(time=end - begin)
@@ -1744,7 +1773,7 @@ class Stopwatch:
 
     def now(self) -> float:
         if self.device.type == "cuda":
-            torch.cuda.synchronize()  # kernels run behind the program's back
+            torch.cuda.synchronize(self.device)  # kernels run behind the program's back
         return time.perf_counter()
 
     def start(self, name: str) -> None:
@@ -1780,11 +1809,12 @@ def random_batch(cfg) -> dict:
                          padding=torch.zeros(B, side, side, dtype=torch.bool), files=["noise"] * B)
 
 
-def measure(method, cfg, steps: int = 3) -> dict:
+def measure(method, cfg) -> dict:
     """What steps and an evaluation window cost on random images; no data, no weights."""
     classes = method.CLASSES.get(cfg.dataset) or open_data(cfg, method.CLASSES).classes
     entry = ("a.jpg", "a.png")
     folder = types.SimpleNamespace(classes=classes, labelled=[entry], unlabelled=[entry])
+    steps = min(cfg.steps or 3, 3)
     cfg = dataclasses.replace(cfg, clip_weights="none", conv_weights="none", steps=1000)
     run = method.Training(cfg, folder, pick_device(cfg.device))
     batch, totals, phases = random_batch(cfg), [], []
@@ -1799,7 +1829,7 @@ def measure(method, cfg, steps: int = 3) -> dict:
             rest = totals[-1] - sum(watch.seconds.values())
             phases.append(watch.seconds | {"losses, CutMix, rest": rest})
     memory = peak_memory(run.device)
-    window, image = dataclasses.replace(cfg, fit=False), batch["x"][0]
+    window, image = dataclasses.replace(cfg, fit=False, window="logits"), batch["x"][0]
     method.segment(run.teacher, image, window, run.device)
     begin = watch.now()
     method.segment(run.teacher, image, window, run.device)
@@ -1809,12 +1839,13 @@ def measure(method, cfg, steps: int = 3) -> dict:
     return dict(
         device=str(run.device), dtype=precision(cfg, run.device), torch=torch.__version__,
         threads=torch.get_num_threads(), classes=len(classes), crop=cfg.crop,
-        images_per_step=f"{cfg.batch} labelled + {cfg.batch} unlabelled",
+        images_per_step=f"{cfg.batch} labelled + {cfg.batch * cfg.unlabeled} unlabelled",
         accumulation=f"{cfg.batch // cfg.micro_batch} x {cfg.micro_batch}",
         seconds_per_step=dict(min=min(totals), median=step, max=max(totals)),
         seconds_per_phase={n: statistics.median(p[n] for p in phases) for n in phases[0]},
-        images_per_second=2 * cfg.batch / step, peak_memory=memory, parameters_trained=trained,
-        parameters_held=held, seconds_per_evaluation_window=evaluation)
+        images_per_second=(1 + cfg.unlabeled) * cfg.batch / step, peak_memory=memory,
+        parameters_trained=trained, parameters_held=held,
+        seconds_per_evaluation_window=evaluation)
 
 
 def parameters(student, *others) -> tuple[int, int]:
@@ -1886,12 +1917,12 @@ def growth_table(method, cfg) -> None:
     for name, crop in (("cityscapes", 512), ("voc", 512), ("coco", 512), ("ade20k", 512),
                        ("voc", 256), ("voc", 801)):
         options = (f"--benchmark step --dataset {name} --crop {crop} --batch 1 --micro-batch 1 "
-                   f"--recompute on --conv-skip off --precision {cfg.precision} "
-                   f"--device {cfg.device}")
+                   f"--recompute on --conv-skip off --stride 0 --steps 1 "
+                   f"--precision {cfg.precision} --device {cfg.device}")
         done = subprocess.run([sys.executable, method.__file__, *options.split()],
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            raise UserError(f"{name} at {crop}: {done.stderr.strip().splitlines()[-1]}")
+            raise UserError(f"{name} at {crop}: {last_line(done)}")
         row = json.loads(done.stdout[done.stdout.index("{"):])
         print(f"{row['classes']:>7}{crop:>6}{row['seconds_per_step']['median']:>9.1f}"
               f"{row['peak_memory']:>18}{row['seconds_per_evaluation_window']:>15.2f}", flush=True)

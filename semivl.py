@@ -102,7 +102,7 @@ class Config:
     steps: int = setting("training", 0, "optimiser steps; 0: by epochs")
     epochs: int = setting("training", 80, "or length in passes over unlabelled images", low=1)
     batch: int = setting("training", 8, "labelled images a step, and as many unlabelled", low=1)
-    micro_batch: int = setting("training", 2, "of these at a time; a loss is their mean", low=1)
+    micro_batch: int = setting("training", 2, "of these at a time; gradients are averaged", low=1)
     lr: float = setting("training", 1e-3, "learning rate of the decoder")
     vit_lr: float = setting("training", 1e-6, "learning rate of the ViT, and of conv_skip")
     weight_decay: float = setting("training", 0.01, "AdamW's, on everything that trains")
@@ -135,7 +135,7 @@ PRESETS = {
         conv_skip=True, decoder_text="mean", weighting="mean", window="probabilities", stride=534),
 }
 
-STREAM = 1_000_003  # data item i and step i draw their random numbers with seed * STREAM + i
+STREAM = 1_000_003  # item i, and the micro-batch from item i, draw with seed * STREAM + i
 METHOD = sys.modules[__name__]  # for data_prep.py, which this file imports, to call back
 IGNORE = 255  # "no label" in every mask, whatever a folder's files call it
 
@@ -194,7 +194,7 @@ IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class QuickGELU(nn.Module):
-    """open_clip's x * sigmoid(1.702 x), of which the backward pass keeps one tensor, not two."""
+    """open_clip's x sigmoid(1.702 x) = silu(1.702 x) / 1.702: one tensor is kept, not two."""
 
     def forward(self, x):
         return F.silu(1.702 * x).mul_(1 / 1.702)
@@ -262,7 +262,7 @@ class DenseCLIP(nn.Module):
             if isinstance(getattr(module, "gelu", None), open_clip.transformer.QuickGELU):
                 module.gelu = nn.GELU() if authors else QuickGELU()
         self.statistics = statistics
-        self.linear = F.linear
+        self.linear = F.linear  # or something faster that computes the same
 
     def encode(self, images: torch.Tensor, last_attention: bool = False):
         """[B, 3, H, W] -> tokens in the joint space [B, T, E], the same as a map [B, E, h, w], and
@@ -288,8 +288,8 @@ class DenseCLIP(nn.Module):
         maps = {}
         for i, block in enumerate(vit.transformer.resblocks):
             if i in self.skip_blocks:
-                # NOT the block's output.
-                maps[i] = to_map(transformer_block(block, x, False, self.linear))
+                value = transformer_block(block, x, False, self.linear)
+                maps[i] = to_map(value)  # beside the block's own output, which goes on below
             last = i + 1 == len(vit.transformer.resblocks)
             x = transformer_block(block, x, last_attention or not last, self.linear)
         x = vit.ln_post(x) @ vit.proj  # [B, T, E]
@@ -346,7 +346,7 @@ def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=group_norm):
     """Convolution that keeps the size, without bias (the norm has one), norm, ReLU."""
     pad = dilation * (kernel // 2)
     conv = nn.Conv2d(c_in, c_out, kernel, padding=pad, dilation=dilation, bias=False)
-    return nn.Sequential(conv, norm(c_out), nn.ReLU(inplace=True))  # the norm keeps its input
+    return nn.Sequential(conv, norm(c_out), nn.ReLU(inplace=True))  # the norm needs its input only
 
 
 def conv_by_parts(conv: nn.Conv2d, parts: list) -> list:
@@ -464,7 +464,7 @@ class LanguageGuidedDecoder(nn.Module):
         return (x + self.aspp(x)).unflatten(0, similarity.shape[:2])
 
     def semantic_reasoning(self, x, text):
-        """Classes against each other: [B, N, C, h, w] and text [N, E] -> the same shape."""
+        """Classes against each other, all at once: [B, N, C, h, w], text [N, E] -> the same."""
         text = self.text_proj(F.normalize(text, dim=1))  # [N, C]
         for layer in self.semantic:
             x = layer(x, text)
@@ -487,7 +487,7 @@ class LanguageGuidedDecoder(nn.Module):
         return torch.cat([function(part, *shared) for part in parts], dim=1)
 
     def forward(self, dense, skips, text):
-        """dense [B, E, h, w], skips (shallow, deep) [B, D, ., .], text [N, E]
+        """dense [B, E, h, w], skips (shallow, deep) [B, ., ., .], text [N, E]
         -> logits [B, N, 4h, 4w]."""
         shallow, deep = skips
         x = self.by_classes(self.spatial_reasoning, cosine_maps(dense, text))
@@ -592,7 +592,7 @@ class EMATeacher:
     """Mean teacher: an exponential moving average of the student makes the pseudo-labels.
 
     It is steadier than the student, and it is the model that is evaluated and saved. With decay
-    0 it is the student itself, the authors' self-teaching."""
+    0 it equals the student after every step, the authors' self-teaching."""
 
     def __init__(self, student: nn.Module, decay: float = 0.996):
         self.model, self.decay = copy_trained(student), decay
@@ -711,7 +711,7 @@ def shuffled(length: int, *seed: int) -> np.ndarray:
 class TrainingPictures(Dataset):
     """Item i is all that position i of a run needs: one labelled and one unlabelled image. Lists
     hold entries (image file, mask file or None). Items: x, w, s1, s2 uint8 [3, crop, crop]; y uint8
-    and padding bool [crop, crop]; box1, box2 [4]; files, a string.
+    and padding bool [crop, crop]; box1, box2 [4]; files, a string. (Some need unlabelled images.)
 
     Order and augmentation are functions of (seed, i) alone, so a run is the same with any number
     of workers, and a resumed run goes on where it stopped. Each list is shuffled anew whenever it
@@ -902,7 +902,7 @@ def evaluate(model, folder, entries, cfg: Config, device, title="evaluate", keep
 
     `keep(entry, prediction [H, W])` is called for each image, also for those without a mask."""
     matrix = torch.zeros(len(folder.classes), len(folder.classes), dtype=torch.long, device=device)
-    rank, processes = data_prep.process()  # K processes take every K-th image
+    rank, processes = data_prep.process()  # each evaluates its share of the images
     for entry in tqdm(entries[rank::processes], title, leave=False, disable=rank > 0 or None):
         prediction = segment(model, folder.image(entry), cfg, device).argmax(0)
         if keep:
@@ -943,7 +943,7 @@ class Training:
         student = assemble(cfg, clip.visual, language.decoder_text, cfg.conv_weights)
         self.cfg, self.folder, self.device = cfg, folder, device
         self.student = student.to(device).train()
-        self.parallel = data_prep.parallel_model(self.student, device)  # the same, K processes
+        self.parallel = data_prep.parallel_model(self.student, device)  # in DDP under torchrun
         frozen = copy_trained(self.student.clip)  # CLIP as it is before the first step
         self.guidance = FrozenGuidance(
             frozen, language.concepts, language.owner, cfg.guidance_conf).to(device)
@@ -974,15 +974,14 @@ class Training:
     def train_step(self, batch: dict) -> dict:
         """One optimiser step on a batch of `batches` -> scalars for the log. UserError, before
         any weight changes, if the loss is not finite."""
-        cfg, share = self.cfg, len(batch["x"])  # with K processes each has a K-th of the batch
+        cfg, share = self.cfg, len(batch["x"])  # a part of the batch if there are several processes
         chunks = [slice(i, i + cfg.micro_batch) for i in range(0, share, cfg.micro_batch)]
         guidance_weight = cfg.guidance * (1 - self.step / self.steps)  # falls to 0
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(group["base_lr"], self.step, self.steps)
         data = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if k != "files"}
         x, y = normalize(data["x"], cfg), data["y"].long()
-        rank, _ = data_prep.process()
-        first = self.step * cfg.batch + rank * share  # number of the share's first data item
+        offset = data_prep.process()[0] * share  # where in the batch this process's share begins
 
         # Pseudo-labels and guidance from the weak view; CutMix carries them into the strong ones.
         views, log = [], {}
@@ -998,19 +997,19 @@ class Training:
                 # An image's partner is at the mirrored place of the whole batch, be that in
                 # another process; so every image is loaded and predicted once. The middle one of
                 # an odd batch is its own partner: nothing changes.
-                return data_prep.gather(t).flip(0)[rank * share:][:share]
+                return data_prep.gather(t).flip(0)[offset:][:share]
 
             paste = targets.map(partners)
             views = [cutmix(s1, targets, partners(s1), paste, data["box1"]),
                      cutmix(s2, targets, partners(s2), paste, data["box2"]), (w, targets)]
             log = self.tally(targets)
 
-        # Student, by micro-batches. Each loss is a mean over its own micro-batch's pixels, the
-        # gradient a mean over all micro-batches, here and (after the last) in other processes.
+        # Student, by micro-batches. Each loss is a mean over its own micro-batch's pixels. After
+        # the last one DDP averages the gradients over the processes.
         sums = {}
         for chunk in chunks:
             # So that a resumed run, or one in K processes, drops the same feature maps.
-            torch.manual_seed(cfg.seed * STREAM + first + chunk.start)
+            torch.manual_seed(cfg.seed * STREAM + self.step * cfg.batch + offset + chunk.start)
             part = [(view[chunk], t.map(lambda t: t[chunk])) for view, t in views]
             with data_prep.in_step(self.parallel, chunk is chunks[-1]):
                 with data_prep.autocast(cfg, self.device):
@@ -1026,6 +1025,7 @@ class Training:
 
         self.optimizer.step()
         self.optimizer.zero_grad()
+        data_prep.average_buffers(self.student)
         self.teacher.update(self.student, self.step)
         self.step += 1
         return log
