@@ -321,8 +321,8 @@ def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
 def copy_trained(module: nn.Module) -> nn.Module:
     """A frozen twin with its own copy of the parameters that train, and the very same frozen ones.
 
-    Teacher and guidance need yesterday's weights; two thirds of CLIP have no yesterday. Move the
-    module to its device first: moving later would part what is shared."""
+    Teacher and guidance keep old values of what trains; the frozen two thirds never change. Move
+    the module to its device first: moving later would part what is shared."""
     # deepcopy takes what `memo` already holds for an object instead of copying it.
     shared = {id(p): p for p in module.parameters() if not p.requires_grad}
     return copy.deepcopy(module, memo=shared).requires_grad_(False).eval()
@@ -350,8 +350,8 @@ def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=group_norm):
 
 
 def conv_by_parts(conv: nn.Conv2d, parts: list) -> list:
-    """Parts whose sum is conv(torch.cat(parts, dim=1)): a convolution is linear, so nothing need
-    be concatenated, and what is the same for many images or pixels is convolved once."""
+    """Parts whose sum is conv(torch.cat(parts, dim=1)), for a conv without bias: it is linear, so
+    nothing need be concatenated, and what many images or places share is convolved once."""
     weights = conv.weight.split([part.shape[1] for part in parts], dim=1)
     return [F.conv2d(part, w, padding=conv.padding) for part, w in zip(parts, weights)]
 
@@ -395,7 +395,7 @@ class SemanticReasoning(nn.Module):
         pooled = F.avg_pool2d(maps, (min(4, h), min(4, w)))  # [B*N, C, h', w']
         size = pooled.shape[2:]
         tokens = pooled.unflatten(0, (B, N)).permute(0, 3, 4, 1, 2).flatten(0, 2)  # [B*h'*w', N, C]
-        text = text.expand(len(tokens), -1, -1)
+        text = text.expand(len(tokens), -1, -1)  # context: its half of the output is dropped
         tokens = self.layer(torch.cat([tokens, text], dim=2))[..., :C]  # [B*h'*w', N, C]
         pooled = tokens.unflatten(0, (B, *size)).permute(0, 3, 4, 1, 2)  # [B, N, C, h', w']
         refined = F.interpolate(pooled.flatten(0, 1), (h, w), mode="bilinear", align_corners=True)
