@@ -1088,53 +1088,6 @@ def autocast(cfg, device: torch.device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-def keep_memory() -> None:
-    """Makes glibc keep what is freed. By default a large tensor goes back to Linux, which hands it
-    out again page by page, zeroed, for the next one: a third of a training step on a CPU."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX: no allocation by a mapping of its own
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the heap's end back
-
-
-class ConvolvedLinear(torch.autograd.Function):
-    """x [rows, c_in], weight [c_out, c_in], bias [c_out] -> x @ weight.T + bias, as a convolution.
-
-    torch multiplies float32 matrices with MKL, which keeps its AVX-512 kernels for Intel's
-    processors, and convolves with oneDNN, which does not: half the time on an AMD EPYC."""
-
-    @staticmethod
-    def product(x, weight, bias=None):
-        rows = x[None, :, None].permute(0, 3, 1, 2)  # [1, c_in, rows, 1]
-        return F.conv2d(rows, weight[..., None, None], bias)[0, :, :, 0].T
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        # A convolution would keep x for a weight that does not train; all of CLIP's MLPs do not.
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return ConvolvedLinear.product(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        of_x = of_weight = of_bias = None
-        if ctx.needs_input_grad[0]:
-            of_x = ConvolvedLinear.product(grad, weight.T)
-        if ctx.needs_input_grad[1]:
-            rows, grads = (t[None, :, None].permute(0, 3, 1, 2) for t in (x, grad))
-            of_weight = torch.nn.grad.conv2d_weight(rows, (*weight.shape, 1, 1), grads)[..., 0, 0]
-        if ctx.needs_input_grad[2]:
-            of_bias = grad.sum(0)
-        return of_x, of_weight, of_bias
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """F.linear, by convolution where that is faster: float32 on a CPU with oneDNN."""
-    if not x.is_cpu or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
-        return F.linear(x, weight, bias)
-    return ConvolvedLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
-
-
 def numbered(path: Path) -> Path:
     """The path, or with -2, -3, ... at its end when there is such a file or folder already."""
     free, number = path, 1
@@ -1582,6 +1535,74 @@ def predict(method, file: str, images: list[str], typed: dict) -> None:
         model.to(device), image, cfg, device).argmax(0).cpu())
 
 
+def other_action(method, args, typed: dict, cfg) -> bool:
+    """Does what was asked for instead of a training run; False if nothing was."""
+    if args.eval is not None:
+        evaluate_checkpoint(method, args.eval, typed, args.save_predictions)
+    elif args.predict:
+        predict(method, args.predict[0], args.predict[1:], typed)
+    elif args.benchmark:
+        check_settings(cfg)
+        benchmark(method, cfg, args.benchmark)
+    elif args.ladder:
+        ladder(method, typed, args.ladder)
+    else:
+        return False
+    return True
+
+
+# ----------------------------------------------------------------------------------------------
+# A faster step on a CPU, computing the same
+# ----------------------------------------------------------------------------------------------
+
+
+def keep_memory() -> None:
+    """Makes glibc keep what is freed. By default a large tensor goes back to Linux, which hands it
+    out again page by page, zeroed, for the next one: a third of a training step on a CPU."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: no allocation by a mapping of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the heap's end back
+
+
+class ConvolvedLinear(torch.autograd.Function):
+    """x [rows, c_in], weight [c_out, c_in], bias [c_out] -> x @ weight.T + bias, as a convolution.
+
+    torch multiplies float32 matrices with MKL, which keeps its AVX-512 kernels for Intel's
+    processors, and convolves with oneDNN, which does not: half the time on an AMD EPYC."""
+
+    @staticmethod
+    def product(x, weight, bias=None):
+        rows = x[None, :, None].permute(0, 3, 1, 2)  # [1, c_in, rows, 1]
+        return F.conv2d(rows, weight[..., None, None], bias)[0, :, :, 0].T
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        # A convolution would keep x for a weight that does not train; all of CLIP's MLPs do not.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return ConvolvedLinear.product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = ConvolvedLinear.product(grad, weight.T)
+        if ctx.needs_input_grad[1]:
+            rows, grads = (t[None, :, None].permute(0, 3, 1, 2) for t in (x, grad))
+            of_weight = torch.nn.grad.conv2d_weight(rows, (*weight.shape, 1, 1), grads)[..., 0, 0]
+        if ctx.needs_input_grad[2]:
+            of_bias = grad.sum(0)
+        return of_x, of_weight, of_bias
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """F.linear, by convolution where that is faster: float32 on a CPU with oneDNN."""
+    if not x.is_cpu or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
+        return F.linear(x, weight, bias)
+    return ConvolvedLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+
+
 # ----------------------------------------------------------------------------------------------
 # Several processes, started by torchrun: each takes a share of every batch and of every evaluation
 # ----------------------------------------------------------------------------------------------
@@ -1667,22 +1688,6 @@ def means(scalars: dict) -> dict:
     """Tensors -> floats, means over all processes. One copy from the device for all of them."""
     values = total(torch.stack(list(scalars.values()))) / process()[1]
     return dict(zip(scalars, values.tolist()))
-
-
-def other_action(method, args, typed: dict, cfg) -> bool:
-    """Does what was asked for instead of a training run; False if nothing was."""
-    if args.eval is not None:
-        evaluate_checkpoint(method, args.eval, typed, args.save_predictions)
-    elif args.predict:
-        predict(method, args.predict[0], args.predict[1:], typed)
-    elif args.benchmark:
-        check_settings(cfg)
-        benchmark(method, cfg, args.benchmark)
-    elif args.ladder:
-        ladder(method, typed, args.ladder)
-    else:
-        return False
-    return True
 
 
 # ----------------------------------------------------------------------------------------------

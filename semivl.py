@@ -776,7 +776,7 @@ def make_targets(teacher, guidance, w, padding) -> Targets:
 
 
 def cutmix(images, targets: Targets, partner_images, partner_targets: Targets, box):
-    """Pastes each image's box [B, 4] from its partner, with everything known about those pixels."""
+    """Pastes into images [B, 3, H, W] each one's box [B, 4] of its partner, targets and all."""
     rows = torch.arange(images.shape[2], device=images.device)[None, :, None]
     cols = torch.arange(images.shape[3], device=images.device)[None, None, :]
     top, left, bottom, right = box.view(-1, 4, 1, 1).unbind(1)  # each [B, 1, 1]
@@ -1008,7 +1008,7 @@ class Training:
         # the last one DDP averages the gradients over the processes.
         sums = {}
         for chunk in chunks:
-            # So that a resumed run, or one in K processes, drops the same feature maps.
+            # So that a resumed run, or one of several processes, drops the same feature maps.
             torch.manual_seed(cfg.seed * STREAM + self.step * cfg.batch + offset + chunk.start)
             part = [(view[chunk], t.map(lambda t: t[chunk])) for view, t in views]
             with data_prep.in_step(self.parallel, chunk is chunks[-1]):
