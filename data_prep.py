@@ -1334,25 +1334,19 @@ def describe_run(run) -> str:
 
 def report(method, run, models: dict) -> None:
     """The end of a run: IoU per class of each model on the test images (on the validation ones if
-    there are none), printed and written as JSON, and a contact sheet of validation images."""
+    there are none), printed and written as JSON."""
     cfg, folder, device = run.cfg, run.folder, run.device
-    classes, val = list(folder.classes), folder.val
-    split, entries = ("test", folder.test) if folder.test else ("val", val)
+    classes = list(folder.classes)
+    split, entries = ("test", folder.test) if folder.test else ("val", folder.val)
     table = {name: method.evaluate(model, folder, entries, cfg, device, split)
              for name, model in models.items()}
     if process()[0]:
         return
     print(iou_table(f"IoU, {split}", table, classes))
-    print(f"validation mIoU {run.last:.1f} at the last step, {run.best:.1f} at best; pictures in "
-          f"{cfg.out}/sheet.png")
+    print(f"validation mIoU {run.last:.1f} at the last step, {run.best:.1f} at best; pictures: "
+          f"{cfg.out}/*.png")
     write_json(f"{cfg.out}/result.json", dict(
         val_last=run.last, val_best=run.best, classes=classes, **{split: as_json(table)}))
-    rows = []
-    for entry in val[:: math.ceil(len(val) / 6)]:
-        image = folder.image(entry)
-        masks = (method.segment(m, image, cfg, device).argmax(0).cpu() for m in models.values())
-        rows.append([image, folder.mask(entry), *masks])
-    contact_sheet(f"{cfg.out}/sheet.png", ["image", "truth", *models], rows, classes)
 
 
 def as_json(table: dict) -> dict:
@@ -1416,8 +1410,19 @@ def to_picture(image: torch.Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
-def contact_sheet(file, titles: list[str], rows: list, classes: list[str], side: int = 160) -> None:
-    """Rows of [image [3, H, W], mask [H, W], mask, ...], a column a title, with a legend."""
+def hatched(picture: Image.Image, rejected: torch.Tensor) -> Image.Image:
+    """The picture with pale diagonal lines wherever rejected [H, W] is true."""
+    where = Image.fromarray(rejected.cpu().numpy()).resize(picture.size, Image.Resampling.NEAREST)
+    across = np.add.outer(np.arange(picture.height), np.arange(picture.width)) % 8
+    pixels, where = np.array(picture.convert("RGB")), np.array(where)
+    pixels[where] = pixels[where] // 2 + 90
+    pixels[where & (across < 2)] = 250
+    return Image.fromarray(pixels)
+
+
+def contact_sheet(file, titles: list[str], rows: list, classes: list[str], side: int = 150) -> None:
+    """Rows of cells, a column a title, with a legend of all classes below. A cell is an image uint8
+    [3, H, W], a mask [H, W], or (mask, rejected [H, W]), whose rejected pixels are hatched."""
     gap, head = 8, 26
     width = gap + len(titles) * (side + gap)
     key = legend(classes, list(range(len(classes))), width)
@@ -1429,12 +1434,122 @@ def contact_sheet(file, titles: list[str], rows: list, classes: list[str], side:
     y = head
     for row, height in zip(rows, heights):
         for i, cell in enumerate(row):
-            picture = colour_mask(cell, classes).convert("RGB") if i else to_picture(cell)
-            shrunk = i == 0 and side < picture.width
+            mask, rejected = cell if isinstance(cell, tuple) else (cell, None)
+            photo = mask.dim() == 3
+            picture = to_picture(mask) if photo else colour_mask(mask, classes).convert("RGB")
+            shrunk = photo and side < picture.width
             how = Image.Resampling.LANCZOS if shrunk else Image.Resampling.NEAREST
-            sheet.paste(picture.resize((side, height), how), (gap + i * (side + gap), y))
+            picture = picture.resize((side, height), how)
+            picture = picture if rejected is None else hatched(picture, rejected)
+            sheet.paste(picture, (gap + i * (side + gap), y))
         y += height + gap
     sheet.paste(key, (0, y))
+    sheet.save(file)
+
+
+def draw_progress(method, run, batch: dict | None) -> None:
+    """Pictures of the present state into the run's folder: sheet.png (validation images through
+    every model), views.png (what CutMix made of the last batch), curves.png (the log so far).
+
+    Pseudo-labels are those that the teacher would give; below `conf` they are hatched."""
+    cfg, folder, classes = run.cfg, run.folder, list(run.folder.classes)
+    views = None
+    if cfg.unlabeled and batch is not None:  # by all processes: CutMix takes partners from others
+        data = run.to_device(batch)
+        views = [(image.cpu(), targets.map(torch.Tensor.cpu))
+                 for image, targets in run.views(data)]
+    if process()[0]:
+        return
+    rows = []
+    for entry in folder.val[:: math.ceil(len(folder.val) / 6)]:
+        image = folder.image(entry)
+        names, concepts, student, scores = (
+            method.segment(model, image, cfg, run.device).cpu() for model in
+            (run.frozen_names, run.guidance, run.student.eval(), run.teacher))
+        run.student.train()
+        teacher = scores.argmax(0)
+        if cfg.window == "logits":
+            scores = scores.softmax(0)
+        rows.append([image, folder.mask(entry), names.argmax(0), concepts.argmax(0),
+                     (teacher, scores.amax(0) < cfg.conf), student.argmax(0), teacher])
+    titles = ["image", "truth", "CLIP by names", "by definitions", "pseudo-label", "student",
+              "EMA teacher"]
+    contact_sheet(f"{cfg.out}/sheet.png", titles, rows, classes)
+    if views:
+        (s1, one), (s2, two), (w, own) = views
+        x, y = data["x"].cpu(), data["y"].cpu()
+
+        def target(targets, i):
+            unsure = targets.padding[i] | (targets.confidence[i] < cfg.conf)
+            return (targets.label[i].masked_fill(targets.padding[i], IGNORE), unsure)
+
+        rows = [[x[i], y[i], w[i], target(own, i), own.guide[i], s1[i], target(one, i),
+                 one.guide[i], s2[i], target(two, i)] for i in range(min(6, len(w)))]
+        titles = ["labelled x", "mask y", "weak view w", "pseudo-label", "frozen CLIP",
+                  "strong view s1", "its label", "its frozen CLIP", "strong view s2", "its label"]
+        contact_sheet(f"{cfg.out}/views.png", titles, rows, classes, side=130)
+    draw_curves(Path(cfg.out) / "log.jsonl", Path(cfg.out) / "curves.png")
+
+
+INK = {  # of a curve
+    "validation mIoU, teacher": (31, 119, 180), "student": (255, 127, 14),
+    "supervised x": (44, 160, 44), "s1": (214, 39, 40), "s2": (227, 119, 194),
+    "features dropped": (148, 103, 189), "frozen CLIP on s1": (120, 120, 120),
+    "pseudo-label accepted": (31, 119, 180), "frozen CLIP sure": (120, 120, 120)}
+
+
+def draw_curves(log: Path, file: Path) -> None:
+    """Three panels from log.jsonl: mIoU, loss terms, shares of the unlabelled pixels."""
+    lines = [json.loads(text) for text in log.read_text().splitlines()]
+    steps = [line for line in lines if "val_miou" not in line]
+    evaluations = [line for line in lines if "val_miou" in line]
+
+    def curve(lines: list, name: str, smooth: bool) -> list[tuple]:
+        points, mean = [], None
+        for line in lines:
+            if name in line:
+                mean = line[name] if mean is None or not smooth else 0.9 * mean + 0.1 * line[name]
+                points.append((line["step"], mean))
+        return points
+
+    panels = [
+        ("mIoU, percent", {"validation mIoU, teacher": curve(evaluations, "val_miou", False),
+                           "student": curve(evaluations, "student", False)}),
+        ("loss terms (smoothed)", {
+            "supervised x": curve(steps, "x", True), "s1": curve(steps, "s1", True),
+            "s2": curve(steps, "s2", True), "features dropped": curve(steps, "fp", True),
+            "frozen CLIP on s1": curve(steps, "guide_s1", True)}),
+        ("share of unlabelled pixels (smoothed)", {
+            "pseudo-label accepted": curve(steps, "kept", True),
+            "frozen CLIP sure": curve(steps, "guided", True)})]
+    width, height, left, top, bottom = 420, 300, 46, 30, 100
+    sheet = Image.new("RGB", (width * len(panels), height + bottom), "white")
+    draw, font, small = (ImageDraw.Draw(sheet), ImageFont.load_default(15),
+                         ImageFont.load_default(12))
+    last = max([line["step"] for line in lines], default=1)
+    for i, (title, curves) in enumerate(panels):
+        x0, x1, y0, y1 = i * width + left, (i + 1) * width - 16, top, height
+        curves = {name: points for name, points in curves.items() if points}
+        highest = max([value for points in curves.values() for _, value in points], default=1)
+        ceiling = next(nice * 10.0**power for power in range(-4, 7) for nice in (1, 2, 5)
+                       if nice * 10.0**power >= highest)
+        draw.text((x0, 6), title, font=font, fill="black")
+        for tick in range(5):
+            y = y1 - (y1 - y0) * tick / 4
+            draw.line((x0, y, x1, y), fill=(225, 225, 225))
+            draw.text((x0 - 6, y), f"{ceiling * tick / 4:g}", font=small, fill="black", anchor="rm")
+            step = last * tick / 4
+            draw.text((x0 + (x1 - x0) * tick / 4, y1 + 6), f"{step:.0f}", font=small,
+                      fill="black", anchor="ma")
+        for place, (name, points) in enumerate(curves.items()):
+            xy = [(x0 + (x1 - x0) * step / last, y1 - (y1 - y0) * value / ceiling)
+                  for step, value in points]
+            draw.line(xy, fill=INK[name], width=2, joint="curve")
+            for x, y in xy if len(xy) <= 25 else []:
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=INK[name])
+            x, y = x0 + place % 2 * 180, y1 + 28 + place // 2 * 20
+            draw.rectangle((x, y + 3, x + 14, y + 11), fill=INK[name])
+            draw.text((x + 20, y), name, font=small, fill="black")
     sheet.save(file)
 
 
@@ -1675,6 +1790,12 @@ def gather(share: torch.Tensor) -> torch.Tensor:
     shares = [torch.empty_like(share) for _ in range(dist.get_world_size())]
     dist.all_gather(shares, share)
     return torch.cat(shares)
+
+
+def mirrored(share: torch.Tensor) -> torch.Tensor:
+    """Of each item of this process's share of the batch, the one at the mirrored place of the whole
+    batch, be that in another process: [B, ...] -> [B, ...]."""
+    return gather(share).flip(0)[process()[0] * len(share):][:len(share)]
 
 
 def total(counts: torch.Tensor) -> torch.Tensor:

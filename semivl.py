@@ -125,7 +125,7 @@ class Config:
 PRESETS = {
     "toy": dict(
         dataset="toy", labels=4, crop=64, fit=False, scale_min=0.8, scale_max=1.25, workers=0,
-        clip="toy", conf=0.9, guidance=1.0, ema=0.98, steps=300, batch=4, micro_batch=4, lr=1e-3,
+        clip="toy", conf=0.9, guidance=1.0, ema=0.98, steps=240, batch=4, micro_batch=4, lr=1e-3,
         vit_lr=1e-4, evals=2),
     "voc": dict(),
     "coco": dict(labels=232, fit=False, epochs=10, micro_batch=1, lr=4e-3, vit_lr=4e-7),
@@ -135,7 +135,10 @@ PRESETS = {
         conv_skip=True, decoder_text="mean", weighting="mean", window="probabilities", stride=534),
 }
 
-STREAM = 1_000_003  # item i, and the micro-batch from item i, draw with seed * STREAM + i
+# All chance is a function of (seed, position in the run), so that a resumed run repeats it. Seeds are
+# this far apart; augmentation draws from the first half of a seed's range, feature dropout from the
+# second.
+STREAM = 10**9
 METHOD = sys.modules[__name__]  # for data_prep.py, which this file imports, to call back
 IGNORE = 255  # "no label" in every mask, whatever a folder's files call it
 
@@ -971,50 +974,59 @@ class Training:
             sampler=mine, worker_init_fn=data_prep.quiet_worker,
             num_workers=data_prep.loaders(cfg.workers), pin_memory=self.device.type == "cuda")
 
+    def to_device(self, batch: dict) -> dict:
+        """The tensors of a batch, still bytes: a quarter of what floats would take to copy."""
+        return {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if k != "files"}
+
+    def micro_batches(self, data: dict) -> list[slice]:
+        """Which images of the (share of the) batch go through the networks at a time."""
+        size = self.cfg.micro_batch
+        return [slice(i, i + size) for i in range(0, len(data["x"]), size)]
+
+    def views(self, data: dict) -> list:
+        """What the student is to learn of unlabelled images: three pairs of images, uint8
+        [B, 3, H, W], and Targets: strong views s1 and s2 after CutMix, and the weak view w."""
+        guidance = self.guidance if self.cfg.guidance else None
+        # Teacher and frozen CLIP look at the weak view, which is easy.
+        with data_prep.autocast(self.cfg, self.device):
+            parts = [make_targets(self.teacher, guidance, normalize(data["w"][chunk], self.cfg),
+                                  data["padding"][chunk]) for chunk in self.micro_batches(data)]
+        targets = Targets(*map(torch.cat, zip(*parts)))  # [B, H, W] each
+        # CutMix: an image's partner is at the mirrored place of the batch (of all processes), so
+        # every image is loaded and predicted once. The middle one of an odd batch is its own.
+        paste = targets.map(data_prep.mirrored)
+        s1, s2 = (cutmix(data[name], targets, data_prep.mirrored(data[name]), paste, data[box])
+                  for name, box in (("s1", "box1"), ("s2", "box2")))
+        return [s1, s2, (data["w"], targets)]
+
     def train_step(self, batch: dict) -> dict:
-        """One optimiser step on a batch of `batches` -> scalars for the log. UserError, before
-        any weight changes, if the loss is not finite."""
-        cfg, share = self.cfg, len(batch["x"])  # a part of the batch if there are several processes
-        chunks = [slice(i, i + cfg.micro_batch) for i in range(0, share, cfg.micro_batch)]
-        guidance_weight = cfg.guidance * (1 - self.step / self.steps)  # falls to 0
+        """One optimiser step on a batch of `batches` -> scalars for the log: the losses of
+        `semivl_loss`, "kept" and "guided" of `tally`. UserError, before any weight changes, if the
+        loss is not finite."""
+        cfg = self.cfg
+        # CLIP knows what things are, but not where they end: as the student learns, CLIP falls
+        # silent, or its mistakes would hold the student back.
+        guidance_weight = cfg.guidance * (1 - self.step / self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(group["base_lr"], self.step, self.steps)
-        data = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if k != "files"}
-        x, y = normalize(data["x"], cfg), data["y"].long()
-        offset = data_prep.process()[0] * share  # where in the batch this process's share begins
+        data = self.to_device(batch)
 
-        # Pseudo-labels and guidance from the weak view; CutMix carries them into the strong ones.
-        views, log = [], {}
-        if cfg.unlabeled:
-            w, s1, s2 = (normalize(data[name], cfg) for name in ("w", "s1", "s2"))
-            guidance = self.guidance if cfg.guidance else None
-            with data_prep.autocast(cfg, self.device):
-                parts = [make_targets(self.teacher, guidance, w[chunk], data["padding"][chunk])
-                         for chunk in chunks]
-            targets = Targets(*map(torch.cat, zip(*parts)))  # [share, H, W]
+        # 1. Teacher's pseudo-labels, frozen CLIP's labels, CutMix.
+        views = self.views(data) if cfg.unlabeled else []
+        log = self.tally(views[-1][1]) if views else {}
 
-            def partners(t):
-                # An image's partner is at the mirrored place of the whole batch, be that in
-                # another process; so every image is loaded and predicted once. The middle one of
-                # an odd batch is its own partner: nothing changes.
-                return data_prep.gather(t).flip(0)[offset:][:share]
-
-            paste = targets.map(partners)
-            views = [cutmix(s1, targets, partners(s1), paste, data["box1"]),
-                     cutmix(s2, targets, partners(s2), paste, data["box2"]), (w, targets)]
-            log = self.tally(targets)
-
-        # Student, by micro-batches. Each loss is a mean over its own micro-batch's pixels. After
-        # the last one DDP averages the gradients over the processes.
-        sums = {}
+        # 2. Student and losses, one micro-batch after another. Each loss is a mean over its own
+        # micro-batch's pixels; the last backward pass averages gradients over processes.
+        chunks, sums = self.micro_batches(data), {}
+        first = self.step * cfg.batch + data_prep.process()[0] * len(data["x"])
         for chunk in chunks:
-            # So that a resumed run, or one of several processes, drops the same feature maps.
-            torch.manual_seed(cfg.seed * STREAM + self.step * cfg.batch + offset + chunk.start)
-            part = [(view[chunk], t.map(lambda t: t[chunk])) for view, t in views]
+            # Seeded, so that a resumed run, or one of several processes, drops the same features.
+            torch.manual_seed(cfg.seed * STREAM + STREAM // 2 + first + chunk.start)
+            x, y = normalize(data["x"][chunk], cfg), data["y"][chunk].long()
+            part = [(normalize(view[chunk], cfg), t.map(lambda t: t[chunk])) for view, t in views]
             with data_prep.in_step(self.parallel, chunk is chunks[-1]):
                 with data_prep.autocast(cfg, self.device):
-                    losses = semivl_loss(
-                        self.parallel, x[chunk], y[chunk], part, cfg, guidance_weight)
+                    losses = semivl_loss(self.parallel, x, y, part, cfg, guidance_weight)
                 (losses["total"] / len(chunks)).backward()
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0.0) + loss.detach() / len(chunks)
@@ -1023,6 +1035,7 @@ class Training:
             raise UserError(f"step {self.step}: the loss is {log['total']}, so the run stops. "
                             f"Lower --lr, or look at these files: {' '.join(batch['files'])}")
 
+        # 3. The student learns, then the teacher follows it.
         self.optimizer.step()
         self.optimizer.zero_grad()
         data_prep.average_buffers(self.student)
@@ -1105,7 +1118,7 @@ def train(cfg: Config, resume: dict | None = None) -> None:
               f"({len(few)} validation images)", flush=True)
 
     every = math.ceil(run.steps / cfg.evals)  # steps between evaluations
-    batches = iter(run.batches())
+    batches, batch = iter(run.batches()), None
     with data_prep.RunLog(run) as log, data_prep.StopSignals() as stop:
         try:
             while run.evaluated < run.steps:
@@ -1115,6 +1128,7 @@ def train(cfg: Config, resume: dict | None = None) -> None:
                     with stop.held():  # what stands here is finished before a signal has its way
                         log.evaluation(run.record(*scores))
                         run.save("last.pt", resumable=True)
+                        data_prep.draw_progress(METHOD, run, batch)
                 else:
                     batch = next(batches)
                     with stop.held():
