@@ -1488,7 +1488,66 @@ def draw_progress(method, run, batch: dict | None) -> None:
         titles = ["labelled x", "mask y", "weak view w", "pseudo-label", "frozen CLIP",
                   "strong view s1", "its label", "its frozen CLIP", "strong view s2", "its label"]
         contact_sheet(f"{cfg.out}/views.png", titles, rows, classes, side=130)
+        i = int(((data["box1"][:, 2:] - data["box1"][:, :2]).prod(1)).argmax())  # the largest box
+        images = torch.stack([x[i], s1[i], s2[i], w[i]]).to(run.device)
+        with torch.no_grad(), torch.random.fork_rng(), autocast(cfg, run.device):
+            torch.manual_seed(0)
+            said = run.student.eval()(method.normalize(images, cfg), perturb=1).argmax(1).cpu()
+        run.student.train()
+        draw_flow(Path(cfg.out) / "flow.png", classes, [
+            ("labelled x", x[i], "STUDENT", said[0], [("its mask", y[i])], "L_x"),
+            ("weak view w", w[i], "EMA TEACHER", target(own, i), [], "pseudo-label; unsure: hatched"),
+            ("weak view w", w[i], "FROZEN CLIP", own.guide[i], [], "guidance label; unsure: white"),
+            ("strong view s1", s1[i], "STUDENT", said[1],
+             [("mixed pseudo-label", target(one, i)), ("mixed guidance", one.guide[i])],
+             "L_s1, G_s1"),
+            ("strong view s2", s2[i], "STUDENT", said[2],
+             [("mixed pseudo-label", target(two, i)), ("mixed guidance", two.guide[i])],
+             "L_s2, G_s2"),
+            ("w, features dropped", w[i], "STUDENT", said[3],
+             [("pseudo-label", target(own, i)), ("guidance", own.guide[i])], "L_fp, G_fp")])
     draw_curves(Path(cfg.out) / "log.jsonl", Path(cfg.out) / "curves.png")
+
+
+def draw_flow(file: Path, classes: list[str], rows: list) -> None:
+    """How the losses of a step come about, in pictures. A row: (title, image, network, what it says,
+    [(title, target), ...], loss). Cells as in `contact_sheet`."""
+    side, step, top = 104, 134, 34
+    sheet = Image.new("RGB", (960, top + step * len(rows) + 34), "white")
+    draw, font, bold = (ImageDraw.Draw(sheet), ImageFont.load_default(13),
+                        ImageFont.load_default(15))
+    inks = {"STUDENT": (222, 235, 247), "EMA TEACHER": (229, 245, 224),
+            "FROZEN CLIP": (254, 230, 206)}
+
+    def paste(cell, title: str, x: int, y: int) -> None:
+        mask, rejected = cell if isinstance(cell, tuple) else (cell, None)
+        picture = to_picture(mask) if mask.dim() == 3 else colour_mask(mask, classes).convert("RGB")
+        picture = picture.resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(picture if rejected is None else hatched(picture, rejected), (x, y))
+        draw.rectangle((x, y, x + side, y + side), outline=(120, 120, 120))
+        draw.text((x + side / 2, y - 3), title, font=font, fill="black", anchor="ms")
+
+    def arrow(x0: int, x1: int, y: int) -> None:
+        draw.line((x0, y, x1 - 6, y), fill="black", width=2)
+        draw.polygon((x1, y, x1 - 8, y - 5, x1 - 8, y + 5), fill="black")
+
+    for place, (title, image, network, said, targets, loss) in enumerate(rows):
+        y = top + place * step
+        middle = y + side // 2
+        paste(image, title, 16, y)
+        arrow(16 + side + 6, 176, middle)
+        draw.rounded_rectangle((176, middle - 24, 306, middle + 24), 8, inks[network], "black")
+        draw.text((241, middle), network, font=bold, fill="black", anchor="mm")
+        arrow(306, 356, middle)
+        paste(said, "it says", 356, y)
+        if targets:
+            draw.text((500, middle), "should be", font=font, fill="black", anchor="mm")
+        for i, (name, target) in enumerate(targets):
+            paste(target, name, 544 + i * (side + 40), y)
+        x = 476 if not targets else 544 + len(targets) * (side + 40)
+        draw.text((x, middle), loss, font=bold, fill="black", anchor="lm")
+    sheet.paste(legend(classes, list(range(len(classes)))[:12], 940), (8, top + step * len(rows) - 8))
+    sheet.save(file)
 
 
 INK = {  # of a curve
