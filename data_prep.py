@@ -930,6 +930,26 @@ def vit_of_shapes(weights: dict, heads: int | None) -> open_clip.transformer.Vis
         output_dim=weights[vit + "proj"].shape[1])
 
 
+def load_authors_checkpoint(method, state_dict: dict, text: torch.Tensor, heads: int | None = None):
+    """The authors' weights (the "model" entry of their file) as a SemiVL model in eval mode.
+
+    method: the module semivl. text: [N, E], `describe_classes(...).decoder_text` (for Cityscapes
+    with decoder_text="mean"). heads: of the ViT; its width / 64 by default. Images come with
+    IMAGENET_STATS. Tensors that are missing, too many or misshapen raise KeyError, RuntimeError or
+    ValueError.
+
+        file = torch.load("best.pth", map_location="cpu", weights_only=True)
+        model = load_authors_checkpoint(semivl, file["model"], text)
+    """
+    weights = rename_authors_tensors(state_dict)
+    visual = vit_of_shapes(weights, heads)
+    cfg = method.Config(crop=visual.image_size[0], authors_clip=True,
+                        conv_skip="conv.bn1.weight" in weights)
+    model = method.assemble(cfg, visual, F.normalize(text.float(), dim=1))
+    model.load_state_dict(weights | {"text": model.text})
+    return model.eval()
+
+
 def load_authors_file(method, file: str, weights: dict, typed: dict, free: list[str]):
     """What `load_checkpoint` returns, for the authors' file; it tells neither its data set (but for
     Cityscapes) nor the text, so these come from the options typed."""
@@ -947,15 +967,41 @@ def load_authors_file(method, file: str, weights: dict, typed: dict, free: list[
     text = method.describe_classes(clip, classes, cfg).decoder_text
     try:  # the heads cannot be seen in the tensors; --clip tells
         heads = clip.visual.transformer.resblocks[0].attn.num_heads
-        return method.load_authors_checkpoint(weights, text, heads), cfg, list(classes)
+        return load_authors_checkpoint(method, weights, text, heads), cfg, list(classes)
     except (KeyError, RuntimeError, IndexError, ValueError, AttributeError) as error:
         reason = str(error).rpartition("\n")[2].strip()[:160]
         raise UserError(f"{file}: not a whole checkpoint of the authors' ({reason})") from None
 
 
+def load_checkpoint(method, file: str, typed: dict) -> tuple:
+    """A checkpoint -> model in eval mode, settings, names of the classes. Ours holds the EMA
+    teacher and its settings, the authors' (recognised by its names) tensors only. typed: the
+    options on the command line, name -> value."""
+    content = load_file(file)
+    free = ["dataset", "root", "stride", "window", "device", "out"]  # go with both kinds
+    weights = tensors_of(content.get("model", {}), file)
+    if "config" in content and "text" in weights:
+        allow_only(typed, file, *free)
+        typed = dict(device="auto", out="") | typed  # not those of the machine that trained
+        cfg = settings_of(content, method.Config, file, typed, "classes")
+        check_settings(cfg, training=False)
+        model = method.assemble(cfg, empty_clip(cfg.clip).visual, weights["text"])
+        load_strictly(model, weights, file, "the model that its settings describe")
+        return model.eval(), cfg, list(content["classes"])
+    if not any("decode_head." in name for name in weights):
+        raise UserError(f"{file}: not a checkpoint of this program, nor of the authors'")
+    return load_authors_file(method, file, weights, typed, free)
+
+
 # ----------------------------------------------------------------------------------------------
 # Command line, run folders, tables, pictures
 # ----------------------------------------------------------------------------------------------
+
+
+def setting(group: str, default, meaning: str, choices=None, low=0, high=math.inf):
+    """A config field that carries its own line of `--help` and the values it may take."""
+    meta = dict(group=group, help=meaning, choices=choices, low=low, high=high)
+    return dataclasses.field(default=default, metadata=meta)
 
 
 def number(kind, low, high):
@@ -1146,6 +1192,40 @@ def save_whole(content: dict, file: Path) -> None:
                         f"{remedy if file.exists() else 'make room'}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def record(run, teacher: float, student: float) -> dict:
+    """Stores an evaluation (mIoU, percent), writes best.pt -> its line for the log, with the
+    classes' shares of the accepted pseudo-labels: if mIoU falls, one may have taken over."""
+    shares = (run.accepted / run.accepted.sum().clamp(min=1)).tolist()
+    run.accepted.zero_()
+    run.evaluated, run.last = run.step, teacher
+    if teacher > run.best:
+        run.best = teacher
+        save_run(run, "best.pt", resumable=False)
+    return dict(val_miou=teacher, student=student, best=run.best,
+                pseudo_labels=dict(zip(run.folder.classes, shares)))
+
+
+def save_run(run, name: str, resumable: bool) -> None:
+    """Writes the teacher, and with `resumable` everything the next step depends on."""
+    content = {k: getattr(run, k) for k in ("step", "evaluated", "last", "best")}
+    content |= dict(config=dataclasses.asdict(run.cfg), classes=run.folder.classes,
+                    model=run.teacher.model.state_dict())
+    if resumable:  # what student and teacher share is written once: torch.save sees to it
+        content |= dict(student=run.student.state_dict(), accepted=run.accepted,
+                        optimizer=run.optimizer.state_dict(), labelled=run.folder.labelled)
+    save_whole(content, Path(run.cfg.out) / name)
+
+
+def restore_run(run, content: dict) -> None:
+    """Goes on from what `save_run(resumable=True)` wrote."""
+    for model, name in ((run.teacher.model, "model"), (run.student, "student")):
+        load_strictly(model, content[name], "last.pt", "this run")
+    run.optimizer.load_state_dict(content["optimizer"])
+    run.accepted.copy_(content["accepted"])
+    for name in ("step", "evaluated", "last", "best"):
+        setattr(run, name, content[name])
 
 
 class StopSignals:
@@ -1496,7 +1576,8 @@ def draw_progress(method, run, batch: dict | None) -> None:
         run.student.train()
         draw_flow(Path(cfg.out) / "flow.png", classes, [
             ("labelled x", x[i], "STUDENT", said[0], [("its mask", y[i])], "L_x"),
-            ("weak view w", w[i], "EMA TEACHER", target(own, i), [], "pseudo-label; unsure: hatched"),
+            ("weak view w", w[i], "EMA TEACHER", target(own, i), [],
+             "pseudo-label; unsure: hatched"),
             ("weak view w", w[i], "FROZEN CLIP", own.guide[i], [], "guidance label; unsure: white"),
             ("strong view s1", s1[i], "STUDENT", said[1],
              [("mixed pseudo-label", target(one, i)), ("mixed guidance", one.guide[i])],
@@ -1510,8 +1591,8 @@ def draw_progress(method, run, batch: dict | None) -> None:
 
 
 def draw_flow(file: Path, classes: list[str], rows: list) -> None:
-    """How the losses of a step come about, in pictures. A row: (title, image, network, what it says,
-    [(title, target), ...], loss). Cells as in `contact_sheet`."""
+    """How the losses of a step come about, in pictures. A row: (title, image, network, what it
+    says, [(title, target), ...], loss). Cells as in `contact_sheet`."""
     side, step, top = 104, 134, 34
     sheet = Image.new("RGB", (960, top + step * len(rows) + 34), "white")
     draw, font, bold = (ImageDraw.Draw(sheet), ImageFont.load_default(13),
@@ -1546,7 +1627,8 @@ def draw_flow(file: Path, classes: list[str], rows: list) -> None:
             paste(target, name, 544 + i * (side + 40), y)
         x = 476 if not targets else 544 + len(targets) * (side + 40)
         draw.text((x, middle), loss, font=bold, fill="black", anchor="lm")
-    sheet.paste(legend(classes, list(range(len(classes)))[:12], 940), (8, top + step * len(rows) - 8))
+    key = legend(classes, list(range(len(classes)))[:12], 940)
+    sheet.paste(key, (8, top + step * len(rows) - 8))
     sheet.save(file)
 
 
@@ -1687,7 +1769,7 @@ def save_predictions(out: Path, images: list[str], classes: list[str], predict) 
 
 def evaluate_checkpoint(method, file: str, typed: dict, save_predictions: str | None) -> None:
     """`--eval`: the protocol of the checkpoint's data set, on validation and test images."""
-    model, cfg, classes = method.load_checkpoint(file, typed)
+    model, cfg, classes = load_checkpoint(method, file, typed)
     device, folder = pick_device(cfg.device), open_data(cfg, method.CLASSES, classes)
     folder.check()
     tables, keep, secret = {}, None, []  # secret: test images whose masks only a server has
@@ -1703,7 +1785,7 @@ def evaluate_checkpoint(method, file: str, typed: dict, save_predictions: str | 
 
 def predict(method, file: str, images: list[str], typed: dict) -> None:
     """`--predict`: a palette PNG and an overlay of each picture, beside the checkpoint."""
-    model, cfg, classes = method.load_checkpoint(file, typed)
+    model, cfg, classes = load_checkpoint(method, file, typed)
     device, out = pick_device(cfg.device), cfg.out or Path(file).parent / "predictions"
     save_predictions(Path(out), images, classes, lambda image: method.segment(
         model.to(device), image, cfg, device).argmax(0).cpu())
@@ -1868,6 +1950,34 @@ def means(scalars: dict) -> dict:
     """Tensors -> floats, means over all processes. One copy from the device for all of them."""
     values = total(torch.stack(list(scalars.values()))) / process()[1]
     return dict(zip(scalars, values.tolist()))
+
+
+def run_to_end(method, run) -> None:
+    """Steps and evaluations from the present step to the last, whatever signals come."""
+    every = math.ceil(run.steps / run.cfg.evals)  # steps between evaluations
+    batches, batch = iter(run.batches()), None
+    with RunLog(run) as log, StopSignals() as stop:
+        try:
+            while run.evaluated < run.steps:
+                # A run that was stopped while it evaluated does so first when it is resumed.
+                if run.evaluated < run.step and (run.step % every == 0 or run.step == run.steps):
+                    scores = run.validate()
+                    with stop.held():  # what stands here is finished before a signal has its way
+                        log.evaluation(record(run, *scores))
+                        save_run(run, "last.pt", resumable=True)
+                        draw_progress(method, run, batch)
+                else:
+                    batch = next(batches)
+                    with stop.held():
+                        log.step(run.train_step(batch))
+                        if run.step % run.cfg.save_every == 0:
+                            save_run(run, "last.pt", resumable=True)
+        except KeyboardInterrupt:
+            save_run(run, "last.pt", resumable=True)
+            tqdm.write(f"stopped    after step {run.step}; go on by --resume {run.cfg.out}")
+            raise
+        finally:
+            del batches  # and with it the loader processes, whatever has happened
 
 
 # ----------------------------------------------------------------------------------------------

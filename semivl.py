@@ -15,30 +15,29 @@ A few images with masks, many without, and a CLIP that has read the names of the
               |                               |          |                    |
        cross-entropy(y)       cross-entropy with the teacher's and with frozen CLIP's labels
 
-    teacher, student and frozen CLIP: three copies of one ViT that share what nobody trains
+    Teacher and frozen CLIP make the targets of w, s1 and s2. The three networks begin as the same
+    ViT; weights that never train exist once in memory. The published method has no EMA teacher (the
+    student teaches itself, `--ema 0`); section 12 lists this and every other detail that matters.
 
     python semivl.py                                       the built-in toy world: minutes, a CPU
     python semivl.py --dataset FOLDER --labels 8           your own pictures (README.md)
     python semivl.py --dataset voc --labels 92             the published protocol
-    python semivl.py --eval runs/toy-4/last.pt             IoU per class of a checkpoint
-    python semivl.py --predict runs/toy-4/last.pt a.png    palette PNG and overlay of a picture
+    python semivl.py --eval CKPT, --predict CKPT a.png     IoU per class; masks of pictures
     python semivl.py --benchmark --dataset voc             seconds and memory of a step
-    python semivl.py --ladder                              what each idea buys in the toy world
+    python semivl.py --ladder                              what each idea buys, in the toy world
     torchrun --nproc-per-node=4 semivl.py --dataset voc    the same training on four GPUs
 
 Letters for shapes, in every comment below:
     B images, N classes, K concepts, H x W image, P patch, h = ceil(H/P), w = ceil(W/P), D width of
     the ViT, E width of CLIP's joint space, T = 1 + h*w tokens, C = 128 channels of a class's map.
-In sections 7, 8 and 10, where no grid is in sight, x is the labelled image and w the weak view.
+In sections 7, 8 and 10 no grid is in sight: x is the labelled image, w the weak view.
 """
 
 import copy
 import dataclasses
-import json
 import math
 import sys
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -53,16 +52,12 @@ from torchvision.transforms.v2 import functional as VF
 from tqdm import tqdm
 
 import data_prep
-from data_prep import UserError
+from data_prep import UserError, setting
 
 # ----------------------------------------------------------------------------------------------
 # 1. Settings: one flat config; presets hold the published recipes; the command line overrides
-
-def setting(group: str, default, meaning: str, choices=None, low=0, high=math.inf):
-    """A config field that carries its own line of `--help` and the values it may take."""
-    meta = dict(group=group, help=meaning, choices=choices, low=low, high=high)
-    return dataclasses.field(default=default, metadata=meta)
-
+# On a first reading skip to section 2. The five fields that matter: conf, guidance, guidance_conf,
+# ema, finetune.
 
 @dataclasses.dataclass
 class Config:
@@ -92,11 +87,11 @@ class Config:
 
     unlabeled: bool = setting("method", True, "use the unlabelled images")
     conf: float = setting("method", 0.95, "confidence from which a pseudo-label counts", high=1)
-    weighting: str = setting("method", "pixel", "weight of a pseudo-label: 1 above conf else 0; "
+    weighting: str = setting("method", "pixel", "weight of a pseudo-label: 1 above conf, else 0; "
                              "its image's mean confidence; its image's share above conf",
                              choices=("pixel", "mean", "share"))
-    guidance: float = setting("method", 0.1, "weight of the frozen CLIP's loss; falls to 0")
-    guidance_conf: float = setting("method", 0.9, "the same as conf for frozen CLIP", high=1)
+    guidance: float = setting("method", 0.1, "weight of frozen CLIP's loss; falls to 0 in the run")
+    guidance_conf: float = setting("method", 0.9, "conf of frozen CLIP's labels", high=1)
     ema: float = setting("method", 0.996, "decay of the teacher; 0: the student itself", high=1)
 
     steps: int = setting("training", 0, "optimiser steps; 0: by epochs")
@@ -121,7 +116,8 @@ class Config:
     device: str = setting("run", "auto", "auto, cuda, mps or cpu")
 
 
-# What a data set changes of the defaults, which are VOC's (and a FOLDER's). No --dataset: toy.
+# What a data set changes of the defaults, which are VOC's (and a FOLDER's). No --dataset: toy,
+# whose run is short: a quicker teacher, and frozen CLIP has ten times the say.
 PRESETS = {
     "toy": dict(
         dataset="toy", labels=4, crop=64, fit=False, scale_min=0.8, scale_max=1.25, workers=0,
@@ -135,17 +131,19 @@ PRESETS = {
         conv_skip=True, decoder_text="mean", weighting="mean", window="probabilities", stride=534),
 }
 
-# All chance is a function of (seed, position in the run), so that a resumed run repeats it. Seeds are
-# this far apart; augmentation draws from the first half of a seed's range, feature dropout from the
-# second.
+# All chance is a function of (seed, position in the run), so that a resumed run repeats it. Seeds
+# are this far apart; augmentation has the first half of a range, feature dropout the second.
 STREAM = 10**9
 METHOD = sys.modules[__name__]  # for data_prep.py, which this file imports, to call back
 IGNORE = 255  # "no label" in every mask, whatever a folder's files call it
 
 # ----------------------------------------------------------------------------------------------
-# 2. Language: what the classes are called, and what they mean (paper: class definitions)
+# 2. Language: what are classes called, what do they mean? (paper: Class Definition Guidance)
+# In: class names and their concepts. Out: text embeddings [N, E] and [K, E].
 # A name alone is a poor prompt: "background" is a word for nothing that CLIP has seen. A class
-# is therefore defined by concepts; the prediction of a class is the best of its concepts. Of VOC:
+# is therefore defined by concepts. Two readers get two texts: frozen CLIP compares each place with
+# every concept and takes the best of a class; the decoder gets one vector a class, its name (or, on
+# Cityscapes, the mean of its concepts): it is trained, so a poor name costs it less. Of VOC:
 #     "person": person, people, baby, face    "bus": bus, minibus    "background": 45 things, from
 #     bed, building and cabinet to tram, laptop and vehicle interior
 
@@ -185,9 +183,13 @@ def describe_classes(clip, classes: dict[str, list[str]], cfg: Config) -> Langua
 
 # ----------------------------------------------------------------------------------------------
 # 3. Vision: CLIP answers one question about a whole image; how to ask it about every patch?
+# (Paper: Vision-Language Pre-training; MaskCLIP, Zhou et al., ECCV 2022.)
+# In: images [B, 3, H, W]. Out: dense embedding [B, E, h, w], two skip maps [B, D, h, w].
 # Attention in the last block gathers the image into the class token, so patch outputs are not
 # what the text was trained against. Skipping that attention (MaskCLIP's "value path") lets each
-# patch speak for itself, in the same joint space as the text. The decoder's skip maps are value
+# patch speak for itself. It may: what the class token gathers is a weighted mean of the patches'
+# VALUES, so the projection to the text's space has been trained on such things. The price is the
+# context that this last attention would have brought. The decoder's skip maps are value
 # paths too: early blocks still know where exactly things end.
 
 # Mean and standard deviation of images. CLIP was trained with its own; the authors feed it images
@@ -242,8 +244,10 @@ class DenseCLIP(nn.Module):
         statistics: (mean, std) that images, coming with ImageNet's, are re-normalised to.
     `visual` itself is changed (position embedding, and with `authors` GELU and eps).
 
-        vit = open_clip.create_model("ViT-B-16-quickgelu", pretrained="openai").visual
-        dense, (shallow, deep) = DenseCLIP(vit)(torch.randn(1, 3, 224, 224))
+        >>> vit = open_clip.create_model("ViT-B-16-quickgelu").visual  # pretrained="openai"
+        >>> dense, (shallow, deep) = DenseCLIP(vit)(torch.randn(1, 3, 64, 96))
+        >>> dense.shape, shallow.shape
+        (torch.Size([1, 512, 4, 6]), torch.Size([1, 768, 4, 6]))
     """
 
     def __init__(self, visual, grid=None, authors=False, statistics=None):
@@ -306,10 +310,10 @@ class DenseCLIP(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------
-# 4. Spatial fine-tuning: which weights may learn, so that CLIP does not forget?
+# 4. Spatial fine-tuning: which weights may learn, so that CLIP does not forget? (paper: the same)
+# In: a DenseCLIP. Out: the same, requires_grad set. To be done before optimiser and twins.
 # What CLIP lacks is local, spatial reasoning, which lives in attention. What it knows lives in
-# the MLPs. So attention and the position embedding train, the rest stays as it was. (The q and k
-# of the last block are on no path to the loss: no gradient reaches them, only weight decay does.)
+# the MLPs. So attention and the position embedding train, the rest stays as it was.
 
 def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
     """Sets what trains in the ViT: "spatial" (attention, position embedding), "all" or "none".
@@ -332,9 +336,11 @@ def copy_trained(module: nn.Module) -> nn.Module:
 
 
 # ----------------------------------------------------------------------------------------------
-# 5. Language-guided decoder: from "how similar is this patch to the text" to a mask
-# Every class is an item of a batch of B*N single-channel maps, so no weight belongs to a class:
-# the decoder learns how similarity maps become masks, for any number of classes.
+# 5. Language-guided decoder: how does "how similar is this patch to the text" become a mask?
+# (The same in the paper.) In: dense [B, E, h, w], skips, text [N, E]. Out: logits [B, N, 4h, 4w].
+# Every class is an item of a batch of B*N single-channel maps, so no weight belongs to a class: one
+# cleaner of similarity maps sees N times as many examples as N filters would, and takes any number
+# of classes. It costs N times the convolutions. All sizes below are the authors'.
 
 C = 128  # channels of a class's map
 MAPS_AT_ONCE = 32  # of the B*N; more are not faster, but take more memory
@@ -443,7 +449,9 @@ class LanguageGuidedDecoder(nn.Module):
         shallow_width: channels that the shallow one is projected to.
         recompute: keep less for the backward pass, which then takes longer.
 
-        logits = LanguageGuidedDecoder(512, 768, 768)(dense, (shallow, deep), text)
+        >>> dense, skip = torch.randn(1, 64, 4, 6), torch.randn(1, 96, 4, 6)
+        >>> LanguageGuidedDecoder(64, 96, 96)(dense, (skip, skip), torch.randn(5, 64)).shape
+        torch.Size([1, 5, 16, 24])
     """
 
     def __init__(self, embed_dim, shallow_dim, deep_dim, shallow_width=16, recompute=False):
@@ -519,7 +527,10 @@ class VisionDecoder(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------
-# 6. The model: images -> logits
+# 6. Three networks: student, frozen CLIP (paper: Dense CLIP Guidance), EMA teacher
+# Who tells the student when there is no mask? The teacher is right more and more often, but its
+# mistakes feed on themselves. Frozen CLIP is coarse, but what it gets wrong does not grow.
+# In: images [B, 3, H, W]. Out: logits [B, N, H, W], or labels [B, H, W].
 
 class SemiVL(nn.Module):
     """Images -> logits: dense CLIP, optional convolutional skip, decoder.
@@ -528,8 +539,8 @@ class SemiVL(nn.Module):
         clip: the image encoder.
         decoder: LanguageGuidedDecoder or VisionDecoder.
         text: [N, E], one embedding a class.
-        conv: optional third skip path (Cityscapes): ImageNet-normalised images -> [map]. Thin
-            things such as poles are lost in a patch of 16 pixels; its stride of 4 keeps them.
+        conv: optional (Cityscapes): images -> [map [B, 256, H/4, W/4]] instead of the shallow skip.
+            Thin things such as poles are lost in a patch of 16 pixels; its stride of 4 keeps them.
     """
 
     def __init__(self, clip: DenseCLIP, decoder: nn.Module, text: torch.Tensor, conv=None):
@@ -551,8 +562,7 @@ class SemiVL(nn.Module):
                         for f in features]
         dense, *skips = features
         logits = self.decoder(dense, skips, self.text)
-        # Logits of the zero-padded frame are squeezed into H x W; the padding is not cut off. The
-        # authors' weights are used to it (under 2 % at 801 pixels).
+        # The zero-padded frame is squeezed into H x W, not cut: the authors' weights are used to it.
         size = images.shape[2:]
         return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
 
@@ -560,8 +570,9 @@ class SemiVL(nn.Module):
 class FrozenGuidance(nn.Module):
     """CLIP as it was before training, asked about every pixel (the paper's dense CLIP guidance).
 
-    It has never seen a mask, but it cannot drift either: its labels keep the student from
-    confirming its own mistakes where four labelled images say nothing.
+    It has never seen a mask, but it does not drift: its labels keep the student from confirming its
+    own mistakes where the few labelled images say nothing. Traps: without the scale of 100 softmax
+    of cosines is flat, and no threshold means anything; a class of many concepts wins more often.
 
     Args:
         clip: a DenseCLIP that nobody trains (see `copy_trained`).
@@ -594,8 +605,12 @@ class FrozenGuidance(nn.Module):
 class EMATeacher:
     """Mean teacher: an exponential moving average of the student makes the pseudo-labels.
 
-    It is steadier than the student, and it is the model that is evaluated and saved. With decay
-    0 it equals the student after every step, the authors' self-teaching."""
+    It is the model that is evaluated and saved (UniMatch V2). With decay 0 it equals the student.
+
+        >>> student = nn.Linear(2, 1)
+        >>> teacher = EMATeacher(student, decay=0.99)
+        >>> teacher.update(student, step=0)  # after each optimiser step
+    """
 
     def __init__(self, student: nn.Module, decay: float = 0.996):
         self.model, self.decay = copy_trained(student), decay
@@ -646,9 +661,10 @@ def normalize(images: torch.Tensor, cfg: Config) -> torch.Tensor:
 
 
 # ----------------------------------------------------------------------------------------------
-# 7. Augmentation: one weak and two strong views of the same crop
-# The weak view is easy, so its prediction makes a good target. The strong views show the same
-# pixels with other colours, so that consistency has something to learn. Geometry is shared.
+# 7. Augmentation: how to ask twice about the same pixels? (paper: consistency training; UniMatch)
+# In: a file. Out: uint8 [3, crop, crop]: a weak view, easy, whose prediction makes the target; two
+# strong views of the same crop in other colours, hard, that are to get the same answer. Geometry
+# is shared, since a label must stay on its pixel.
 
 def scaled_size(height: int, width: int, scale: float) -> list[int]:
     """[height, width] times scale, rounded half up; not below one pixel."""
@@ -685,7 +701,7 @@ def scale_crop_flip(image: torch.Tensor, mask: torch.Tensor, cfg: Config):
     return image, mask[0]
 
 
-strong_view = v2.Compose([  # all numbers here and in cutmix_box are UniMatch's
+strong_view = v2.Compose([  # UniMatch's numbers; the kernel is 6 sigma wide
     v2.RandomApply([v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)], 0.8),
     v2.RandomGrayscale(0.2),
     v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], 0.5),
@@ -697,7 +713,7 @@ def cutmix_box(size: int) -> torch.Tensor:
     if torch.rand(()) < 0.5:
         return torch.zeros(4, dtype=torch.long)
     area = float(torch.empty(()).uniform_(0.02, 0.4)) * size * size
-    while True:  # until it fits; the area is kept, so that large boxes stay as likely as small
+    while True:  # with the same area until it fits: a new area would favour small boxes
         ratio = float(torch.empty(()).uniform_(0.3, 1 / 0.3))
         width, height = int(math.sqrt(area / ratio)), int(math.sqrt(area * ratio))
         top, left = torch.randint(size, (2,)).tolist()
@@ -753,15 +769,22 @@ class TrainingPictures(Dataset):
 
 
 # ----------------------------------------------------------------------------------------------
-# 8. Consistency: what should the student say about an image without a mask? (UniMatch)
+# 8. Consistency: what should the student say about an image without a mask? (UniMatch, CVPR 2023)
+# In: logits of x, s1, s2, and of w with dropped features. Out: seven scalars and their sum.
+# Nobody knows the mask, but the answer must not depend on the colours. The teacher labels the weak
+# view: argmax is the pseudo-label, its probability the confidence. The student must say the same of
+# harder versions: recoloured with a box of another image pasted in (s1, s2: a thing must be known
+# without its surroundings), and with half of its feature channels gone (fp). The trap is
+# confirmation bias: a wrong pseudo-label is learned like a right one. So only confident pixels
+# count (at first hardly any do, and these losses are near 0), and frozen CLIP has its say.
 
 class Targets(NamedTuple):
     """What the unlabelled images are taught, per pixel; all [B, H, W]. They travel together."""
 
-    label: torch.Tensor  # pseudo-label of the teacher
-    confidence: torch.Tensor  # its probability
-    padding: torch.Tensor  # True where there is no image
-    guide: torch.Tensor  # label of the frozen CLIP, or IGNORE
+    label: torch.Tensor  # int64, pseudo-label of the teacher
+    confidence: torch.Tensor  # float32, its probability
+    padding: torch.Tensor  # bool, True where there is no image
+    guide: torch.Tensor  # int64, label of the frozen CLIP, or IGNORE
 
     def map(self, change) -> "Targets":
         """The same change to each of the four."""
@@ -779,7 +802,14 @@ def make_targets(teacher, guidance, w, padding) -> Targets:
 
 
 def cutmix(images, targets: Targets, partner_images, partner_targets: Targets, box):
-    """Pastes into images [B, 3, H, W] each one's box [B, 4] of its partner, targets and all."""
+    """Pastes into images [B, 3, H, W] each one's box [B, 4] (top, left, bottom, right) of its
+    partner, targets and all -> images, Targets (CutMix, Yun et al., ICCV 2019).
+
+        >>> a, t = torch.zeros(1, 3, 4, 4), Targets(*torch.zeros(4, 1, 4, 4))
+        >>> mixed, _ = cutmix(a, t, a + 1, t, torch.tensor([[0, 0, 2, 4]]))
+        >>> mixed.mean().item()
+        0.5
+    """
     rows = torch.arange(images.shape[2], device=images.device)[None, :, None]
     cols = torch.arange(images.shape[3], device=images.device)[None, None, :]
     top, left, bottom, right = box.view(-1, 4, 1, 1).unbind(1)  # each [B, 1, 1]
@@ -798,20 +828,30 @@ def consistency_loss(logits, targets: Targets, conf: float = 0.95, weighting: st
     """Cross-entropy against pseudo-labels, over all pixels that are not padding.
 
     logits [B, N, H, W]. "pixel" keeps confident pixels only; "mean" weighs every pixel by its
-    image's mean confidence; "share" by the share of its pixels that are confident. The divisor
-    counts kept and dropped pixels alike, so unsure images have a small say."""
+    image's mean confidence; "share" by the share of its pixels that are confident (both keep
+    unsure pixels, too). The divisor
+    counts kept and dropped pixels alike, so unsure images have a small say.
+
+        >>> zero = torch.zeros(1, 2, 2)
+        >>> targets = Targets(zero.long(), zero + 1, zero > 0, zero.long())
+        >>> round(consistency_loss(torch.zeros(1, 2, 2, 2), targets).item(), 3)
+        0.693
+    """
+    if weighting not in ("pixel", "mean", "share"):
+        raise ValueError(f"weighting {weighting!r}: take pixel, mean or share")
     valid = ~targets.padding
     loss = F.cross_entropy(logits, targets.label, reduction="none")  # [B, H, W]
     weight = targets.confidence if weighting == "mean" else (targets.confidence >= conf).float()
     if weighting != "pixel":
         pixels = valid.sum((1, 2), keepdim=True).clamp(min=1)
         weight = (weight * valid).sum((1, 2), keepdim=True) / pixels  # [B, 1, 1]
-    return (loss * weight * valid).sum() / valid.sum().clamp(min=1)
+    # where, not a product: 0 times an infinite loss would be NaN.
+    return torch.where(valid, loss * weight, 0).sum() / valid.sum().clamp(min=1)
 
 
 def guidance_loss(logits, targets: Targets):
-    """Cross-entropy against the frozen CLIP's labels, divided by ALL pixels: where CLIP is
-    rarely sure, it has little to say."""
+    """Cross-entropy of logits [B, N, H, W] against frozen CLIP's labels, divided by ALL pixels (as
+    the authors do; padding, too): where CLIP is rarely sure, it has little to say."""
     loss = F.cross_entropy(logits, targets.guide, ignore_index=IGNORE, reduction="sum")
     return loss / targets.guide.numel()
 
@@ -846,7 +886,9 @@ def semivl_loss(student, x, y, views, cfg: Config, guidance_weight: float) -> di
 
 
 # ----------------------------------------------------------------------------------------------
-# 9. Evaluation: sliding window, one confusion matrix, mIoU
+# 9. Evaluation: how good is a model? Sliding window, one confusion matrix, mIoU
+# In: an image [3, H, W] of any size. Out: scores [N, H, W]; of a data set: IoU [N], percent.
+# Counts of all images are added before dividing: a mean of each image's own IoU is another number.
 
 def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
     """Where windows start along a side of `size` pixels: the last one is moved back inside, but
@@ -860,7 +902,13 @@ def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
 @torch.no_grad()
 def sliding_window(model, images, window: int, stride: int, mode: str = "logits"):
     """Mean over overlapping windows of logits or of probabilities: [B, 3, H, W] -> [B, N, H, W].
-    The ViT is at its best at the size it was trained on, so images are looked at in such pieces."""
+    The ViT is at its best at the size it was trained on, so images are looked at in such pieces.
+    window, stride (not above window): pixels; model: [B, 3, h, w] -> [B, N, h, w], in eval mode.
+
+        >>> image = torch.randn(1, 3, 50, 70)
+        >>> torch.allclose(sliding_window(lambda part: 2 * part, image, 32, 20), 2 * image)
+        True
+    """
     B, _, H, W = images.shape
     total, count = 0.0, images.new_zeros(1, 1, H, W)
     for top in window_starts(H, window, stride, mode):
@@ -887,7 +935,13 @@ def segment(model, image: torch.Tensor, cfg: Config, device) -> torch.Tensor:
 
 
 def confusion_matrix(prediction, target, classes: int) -> torch.Tensor:
-    """Pixel counts [N, N], rows truth, columns prediction; target IGNORE is left out."""
+    """Pixel counts [N, N], rows truth, columns prediction, of two label maps of one shape; where
+    target is IGNORE it is left out. Both must be below `classes` elsewhere.
+
+        >>> matrix = confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), 2)
+        >>> iou_per_class(matrix).tolist()
+        [50.0, 50.0]
+    """
     known = target != IGNORE
     pairs = classes * target[known].long() + prediction[known].long()
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
@@ -917,10 +971,13 @@ def evaluate(model, folder, entries, cfg: Config, device, title="evaluate", keep
 
 
 # ----------------------------------------------------------------------------------------------
-# 10. Training
+# 10. Training: what happens in a step, and around it?
+# A step: rates; targets and CutMix (`views`); student, losses, gradients; optimiser; teacher.
+# Batches come from section 7, losses from 8; what is logged, saved and drawn is in data_prep.py.
 
 def learning_rate(base: float, step: int, steps: int) -> float:
-    """Polynomial decay; steps 0 and 1 both run at the base rate, as in the authors' code."""
+    """DeepLab's polynomial decay. Steps 0 and 1 both run at the base rate, as in the authors' code,
+    which sets the rate after a step."""
     return base * (1 - max(step - 1, 0) / steps) ** 0.9
 
 
@@ -1064,37 +1121,6 @@ class Training:
             self.student.train()
         return teacher, student
 
-    def record(self, teacher: float, student: float) -> dict:
-        """Stores an evaluation (mIoU, percent), writes best.pt -> its line for the log, with the
-        classes' shares of the accepted pseudo-labels: if mIoU falls, one may have taken over."""
-        shares = (self.accepted / self.accepted.sum().clamp(min=1)).tolist()
-        self.accepted.zero_()
-        self.evaluated, self.last = self.step, teacher
-        if teacher > self.best:
-            self.best = teacher
-            self.save("best.pt", resumable=False)
-        return dict(val_miou=teacher, student=student, best=self.best,
-                    pseudo_labels=dict(zip(self.folder.classes, shares)))
-
-    def save(self, name: str, resumable: bool) -> None:
-        """Writes the teacher, and with `resumable` everything the next step depends on."""
-        content = {k: getattr(self, k) for k in ("step", "evaluated", "last", "best")}
-        content |= dict(config=dataclasses.asdict(self.cfg), classes=self.folder.classes,
-                        model=self.teacher.model.state_dict())
-        if resumable:  # what student and teacher share is written once: torch.save sees to it
-            content |= dict(student=self.student.state_dict(), accepted=self.accepted,
-                            optimizer=self.optimizer.state_dict(), labelled=self.folder.labelled)
-        data_prep.save_whole(content, Path(self.cfg.out) / name)
-
-    def restore(self, content: dict) -> None:
-        """Goes on from what `save(resumable=True)` wrote."""
-        for model, name in ((self.teacher.model, "model"), (self.student, "student")):
-            data_prep.load_strictly(model, content[name], "last.pt", "this run")
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.accepted.copy_(content["accepted"])
-        for name in ("step", "evaluated", "last", "best"):
-            setattr(self, name, content[name])
-
 
 @data_prep.in_every_process
 def train(cfg: Config, resume: dict | None = None) -> None:
@@ -1106,89 +1132,24 @@ def train(cfg: Config, resume: dict | None = None) -> None:
         raise UserError(f"{folder.path}: the classes are not those that the run started with")
     run = Training(cfg, folder, data_prep.pick_device(cfg.device))
     if resume:
-        run.restore(resume)
+        data_prep.restore_run(run, resume)
     else:
         cfg.out = data_prep.new_run(cfg, folder, __file__)
     print(data_prep.describe_run(run), flush=True)
     if not run.step:
-        run.save("last.pt", resumable=True)  # a full disk is found now, and not in an hour
+        data_prep.save_run(run, "last.pt", resumable=True)  # finds a full disk now
         few = folder.val[:100]  # the sanity check that CLIP's weights and the class names are right
         names, concepts = (run.miou(m, few, "frozen") for m in (run.frozen_names, run.guidance))
         print(f"frozen     CLIP has {names:.1f} mIoU by class names, {concepts:.1f} by definitions "
               f"({len(few)} validation images)", flush=True)
 
-    every = math.ceil(run.steps / cfg.evals)  # steps between evaluations
-    batches, batch = iter(run.batches()), None
-    with data_prep.RunLog(run) as log, data_prep.StopSignals() as stop:
-        try:
-            while run.evaluated < run.steps:
-                # A run that was stopped while it evaluated does so first when it is resumed.
-                if run.evaluated < run.step and (run.step % every == 0 or run.step == run.steps):
-                    scores = run.validate()
-                    with stop.held():  # what stands here is finished before a signal has its way
-                        log.evaluation(run.record(*scores))
-                        run.save("last.pt", resumable=True)
-                        data_prep.draw_progress(METHOD, run, batch)
-                else:
-                    batch = next(batches)
-                    with stop.held():
-                        log.step(run.train_step(batch))
-                        if run.step % cfg.save_every == 0:
-                            run.save("last.pt", resumable=True)
-        except KeyboardInterrupt:
-            run.save("last.pt", resumable=True)
-            tqdm.write(f"stopped    after step {run.step}; go on by --resume {cfg.out}")
-            raise
-        finally:
-            del batches  # and with it the loader processes, whatever has happened
+    data_prep.run_to_end(METHOD, run)  # train_step, train_step, ..., validate, save, draw
     models = {"CLIP by names": run.frozen_names, "by definitions": run.guidance}
     data_prep.report(METHOD, run, models | {"SemiVL": run.teacher})
 
 
 # ----------------------------------------------------------------------------------------------
-# 11. The authors' checkpoints: their names for our tensors
-
-def load_authors_checkpoint(state_dict: dict, text: torch.Tensor, heads: int | None = None):
-    """The authors' weights (the "model" entry of their file) as a SemiVL model in eval mode.
-
-    text: [N, E], `describe_classes(...).decoder_text` (for Cityscapes with decoder_text="mean").
-    heads: of the ViT; its width / 64 by default. Images come with IMAGENET_STATS. Tensors that
-    are missing, too many or misshapen raise KeyError, RuntimeError or ValueError.
-
-        file = torch.load("best.pth", map_location="cpu", weights_only=True)
-        model = load_authors_checkpoint(file["model"], text)
-    """
-    weights = data_prep.rename_authors_tensors(state_dict)
-    visual = data_prep.vit_of_shapes(weights, heads)
-    cfg = Config(crop=visual.image_size[0], authors_clip=True,
-                 conv_skip="conv.bn1.weight" in weights)
-    model = assemble(cfg, visual, F.normalize(text.float(), dim=1))
-    model.load_state_dict(weights | {"text": model.text})
-    return model.eval()
-
-
-# ----------------------------------------------------------------------------------------------
-# 12. Command line
-
-def load_checkpoint(file: str, typed: dict) -> tuple[SemiVL, Config, list[str]]:
-    """A checkpoint -> model in eval mode, settings, names of the classes. Ours holds the EMA
-    teacher and its settings, the authors' (recognised by its names) tensors only. typed: the
-    options on the command line, name -> value."""
-    content = data_prep.load_file(file)
-    free = ["dataset", "root", "stride", "window", "device", "out"]  # go with both kinds
-    weights = data_prep.tensors_of(content.get("model", {}), file)
-    if "config" in content and "text" in weights:
-        data_prep.allow_only(typed, file, *free)
-        typed = dict(device="auto", out="") | typed  # not those of the machine that trained
-        cfg = data_prep.settings_of(content, Config, file, typed, "classes")
-        data_prep.check_settings(cfg, training=False)
-        model = assemble(cfg, data_prep.empty_clip(cfg.clip).visual, weights["text"])
-        data_prep.load_strictly(model, weights, file, "the model that its settings describe")
-        return model.eval(), cfg, list(content["classes"])
-    if not any("decode_head." in name for name in weights):
-        raise UserError(f"{file}: not a checkpoint of this program, nor of the authors'")
-    return data_prep.load_authors_file(METHOD, file, weights, typed, free)
-
+# 11. Command line
 
 def main(argv=None) -> int:
     """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
@@ -1209,6 +1170,31 @@ def main(argv=None) -> int:
         return 2
     return 0
 
+
+# ----------------------------------------------------------------------------------------------
+# 12. The details that matter. Each: what | where | the authors' code -> this file, if different
+#
+# prompt "a photo of a NAME", no full stop, names spelled as published | encode_text
+# decoder reads names, guidance reads definitions | describe_classes | Cityscapes: means of concepts
+# GELU, LayerNorm eps, image statistics | DenseCLIP | exact, 1e-6, ImageNet's -> CLIP's own
+# last block without attention, skips from value paths of blocks 0 and 4 | DenseCLIP.encode
+# position embedding: bicubic, no antialiasing, resized once, then trained | resize_position
+# attention and position embedding train, nothing else of the ViT | spatial_fine_tuning
+# a class is an item of the batch; text is concatenated, not multiplied | SemanticReasoning
+# skip convolved once for all classes | conv_by_parts | N times -> once, the same numbers
+# padded frame's logits are squeezed into H x W, not cut | SemiVL.forward | two resizes -> one
+# pseudo-labels | EMATeacher | the student in eval mode -> its moving average
+# best concept of a class, times 100, softmax over classes, then 0.9 | FrozenGuidance
+# image padded black before normalising, no loss sees it | scale_crop_flip
+# nearest is PIL's | scale_crop_flip | images: no antialiasing on VOC, ADE20K -> always
+# a CutMix box keeps its area until it fits | cutmix_box
+# CutMix partner | Training.views | another crop of the same image -> mirrored image of the batch
+# feature dropout: whole channels, dense map and skips, not the text | SemiVL.forward
+# L_s: divided by all true pixels, kept or not | consistency_loss | padding summed -> left out
+# G: divided by all pixels, padding too; weight falls linearly to 0 | guidance_loss, train_step
+# weight decay on all that trains, norms too; steps 0 and 1 at the base rate | make_optimizer
+# windows: logits averaged, on Cityscapes probabilities, other starts | window_starts
+# mIoU over classes that occur | iou_per_class | an absent class counts 0 -> is left out
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,6 +7,7 @@ float32, CPU) with weights made by a formula, so that nobody has to carry a weig
 """
 
 import ast
+import doctest
 import hashlib
 import http.server
 import io
@@ -230,12 +231,14 @@ OWNER = torch.tensor([0, 0, 0, 1, 1, 2, 3, 4, 4])  # nine concepts of five class
 
 @pytest.fixture(scope="module")
 def authors():
-    return semivl.load_authors_checkpoint(authors_state(), unit_rows(b"text", 5), heads=2)
+    text = unit_rows(b"text", 5)
+    return data_prep.load_authors_checkpoint(semivl, authors_state(), text, heads=2)
 
 
 @pytest.fixture(scope="module")
 def cityscapes():
-    return semivl.load_authors_checkpoint(authors_state(True), unit_rows(b"text", 5), heads=2)
+    text = unit_rows(b"text", 5)
+    return data_prep.load_authors_checkpoint(semivl, authors_state(True), text, heads=2)
 
 
 def assert_golden(name: str, array: torch.Tensor, atol: float = 1e-5):
@@ -302,7 +305,7 @@ def test_losses_and_gradients_of_a_step_equal_the_authors(variant, monkeypatch):
     state = authors_state()
     for name in ("decode_head.head.weight", "decode_head.head.bias"):
         state[name] = state[name] * factor
-    student = semivl.load_authors_checkpoint(state, unit_rows(b"text", 5), heads=2)
+    student = data_prep.load_authors_checkpoint(semivl, state, unit_rows(b"text", 5), heads=2)
     # Feature dropout without chance: channels of odd index go, the others double.
     monkeypatch.setattr(F, "dropout2d", lambda f, p: 2 * f * (
         torch.arange(f.shape[1]) % 2 == 0).float()[:, None, None])
@@ -1168,7 +1171,7 @@ def test_eval_takes_a_checkpoint_file_of_the_authors(
 
 def test_the_authors_cityscapes_checkpoint_brings_its_protocol(small_clip, tmp_path):
     torch.save({"model": authors_state(cityscapes=True)}, tmp_path / "city.pth")
-    model, cfg, classes = semivl.load_checkpoint(
+    model, cfg, classes = data_prep.load_checkpoint(semivl, 
         tmp_path / "city.pth", dict(clip=small_clip, clip_weights="none"))
     assert (cfg.dataset, cfg.window, cfg.crop) == ("cityscapes", "probabilities", 801)
     assert model.text.shape == (19, 512) and classes[0] == "road" and model.conv is not None
@@ -1329,9 +1332,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path, workers):
         if first.step == 2:
             break
     first.cfg.out = str(tmp_path)
-    first.save("last.pt", resumable=True)
+    data_prep.save_run(first, "last.pt", resumable=True)
     second = small_run(folder, workers=workers)
-    second.restore(data_prep.load_file(tmp_path / "last.pt"))
+    data_prep.restore_run(second, data_prep.load_file(tmp_path / "last.pt"))
     for batch in second.batches():
         second.train_step(batch)
     for a, b in ((whole.student, second.student), (whole.teacher.model, second.teacher.model)):
@@ -1532,6 +1535,11 @@ def test_each_piece_works_when_it_is_cut_out():
     assert cut_out("iou_per_class")["iou_per_class"](matrix).nanmean() == 100
 
 
+def test_the_examples_in_the_docstrings_give_what_they_say():
+    result = doctest.testmod(semivl)
+    assert result.attempted >= 15 and result.failed == 0
+
+
 # ----------------------------------------------------------------------------------------------
 # The toy world
 # ----------------------------------------------------------------------------------------------
@@ -1595,7 +1603,7 @@ def test_train_evaluate_predict_and_resume_from_the_command_line(folder, tmp_pat
     command = f"--dataset {folder} --labels 2 --steps 2 --evals 1 --stride 32 --out {out} {TINY}"
     assert semivl.main(command.split()) == 0
     names = {"config.json", "labeled.txt", "log.jsonl", "semivl.py", "data_prep.py", "last.pt",
-             "best.pt", "sheet.png", "result.json"}
+             "best.pt", "sheet.png", "views.png", "flow.png", "curves.png", "result.json"}
     assert names <= {file.name for file in out.iterdir()}
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2, 2]
@@ -1644,7 +1652,7 @@ class Malicious:
 def save_checkpoint(folder: Path) -> dict:
     run = small_run(folder)
     run.cfg.out = str(folder)
-    run.save("last.pt", resumable=True)
+    data_prep.save_run(run, "last.pt", resumable=True)
     return data_prep.load_file(folder / "last.pt")
 
 
