@@ -1103,6 +1103,8 @@ def check_settings(cfg, training: bool = True) -> None:
     if cfg.stride > cfg.crop:
         raise UserError(f"--stride {cfg.stride}: larger than the window (--crop {cfg.crop}), so "
                         "pixels would be left out")
+    if cfg.decoder == "vision" and cfg.conv_skip:
+        raise UserError("--decoder vision has no convolutional skip: add --conv-skip off")
     if cfg.decoder == "vision" and cfg.micro_batch == 1 and not cfg.unlabeled:
         raise UserError("--decoder vision has batch norm: take --micro-batch 2 or more")
 

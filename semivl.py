@@ -328,8 +328,8 @@ def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
 def copy_trained(module: nn.Module) -> nn.Module:
     """A frozen twin with its own copy of the parameters that train, and the very same frozen ones.
 
-    Teacher and guidance keep old values of what trains; the frozen two thirds never change. Move
-    the module to its device first: moving later would part what is shared."""
+    Teacher and guidance keep old values of what trains; the frozen two thirds never change. Trap:
+    loading weights into a twin overwrites what it shares."""
     # deepcopy takes what `memo` already holds for an object instead of copying it.
     shared = {id(p): p for p in module.parameters() if not p.requires_grad}
     return copy.deepcopy(module, memo=shared).requires_grad_(False).eval()
@@ -533,9 +533,7 @@ class VisionDecoder(nn.Module):
 # In: images [B, 3, H, W]. Out: logits [B, N, H, W], or labels [B, H, W].
 
 class SemiVL(nn.Module):
-    """Images -> logits: dense CLIP, optional convolutional skip, decoder.
-
-    Args:
+    """Images -> logits: dense CLIP, optional convolutional skip, decoder. Args:
         clip: the image encoder.
         decoder: LanguageGuidedDecoder or VisionDecoder.
         text: [N, E], one embedding a class.
@@ -562,7 +560,7 @@ class SemiVL(nn.Module):
                         for f in features]
         dense, *skips = features
         logits = self.decoder(dense, skips, self.text)
-        # The zero-padded frame is squeezed into H x W, not cut: the authors' weights are used to it.
+        # The zero-padded frame is squeezed, not cut: the authors' weights are used to it.
         size = images.shape[2:]
         return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
 
@@ -983,7 +981,7 @@ def learning_rate(base: float, step: int, steps: int) -> float:
 
 def make_optimizer(student: SemiVL, cfg: Config) -> torch.optim.AdamW:
     """AdamW with two rates: the decoder starts from nothing, the ViT must not run away."""
-    new, pretrained = [], []  # the decoder; the ViT and the convolutional skip
+    new, pretrained = [], []  # the decoder; ViT and convolutional skip
     for name, p in student.named_parameters():
         if p.requires_grad:
             (new if name.startswith("decoder.") else pretrained).append(p)
@@ -1011,7 +1009,7 @@ class Training:
         self.frozen_names = FrozenGuidance(frozen, language.names, each).to(device)  # to compare
         self.teacher = EMATeacher(self.student, cfg.ema)
         self.optimizer = make_optimizer(self.student, cfg)
-        # Without unlabelled images a run is as long as with them, or it could not be compared.
+        # Without unlabelled images a run is as long as with them, to be compared.
         images = len(folder.unlabelled or folder.labelled)
         self.steps = cfg.steps or math.ceil(cfg.epochs * images / cfg.batch)
         self.step, self.evaluated = 0, 0  # steps done; steps done at the last evaluation
