@@ -15,17 +15,15 @@ A few images with masks, many without, and a CLIP that has read the names of the
               |                               |          |                    |
        cross-entropy(y)       cross-entropy with the teacher's and with frozen CLIP's labels
 
-    Teacher and frozen CLIP make the targets of w, s1 and s2. The three networks begin as the same
-    ViT; weights that never train exist once in memory. The published method has no EMA teacher (the
-    student teaches itself, `--ema 0`); section 12 lists this and every other detail that matters.
+    Teacher and frozen CLIP make the targets of w, s1 and s2. The three networks begin as one ViT;
+    what never trains exists once in memory. The published method has no EMA teacher (`--ema 0`: the
+    student teaches itself); section 12 lists this and every other detail that matters.
 
     python semivl.py                                       the built-in toy world: minutes, a CPU
     python semivl.py --dataset FOLDER --labels 8           your own pictures (README.md)
     python semivl.py --dataset voc --labels 92             the published protocol
     python semivl.py --eval CKPT, --predict CKPT a.png     IoU per class; masks of pictures
-    python semivl.py --benchmark --dataset voc             seconds and memory of a step
     python semivl.py --ladder                              what each idea buys, in the toy world
-    torchrun --nproc-per-node=4 semivl.py --dataset voc    the same training on four GPUs
 
 Letters for shapes, in every comment below:
     B images, N classes, K concepts, H x W image, P patch, h = ceil(H/P), w = ceil(W/P), D width of
@@ -56,8 +54,7 @@ from data_prep import UserError, setting
 
 # ----------------------------------------------------------------------------------------------
 # 1. Settings: one flat config; presets hold the published recipes; the command line overrides
-# On a first reading skip to section 2. The five fields that matter: conf, guidance, guidance_conf,
-# ema, finetune.
+# On a first reading skip to section 2; what matters: conf, guidance, guidance_conf, ema, finetune.
 
 @dataclasses.dataclass
 class Config:
@@ -252,8 +249,12 @@ class DenseCLIP(nn.Module):
 
     def __init__(self, visual, grid=None, authors=False, statistics=None):
         super().__init__()
-        if not isinstance(visual, open_clip.transformer.VisionTransformer) or visual.attn_pool:
-            raise ValueError("DenseCLIP needs a plain ViT of open_clip, such as ViT-B-16")
+        plain = isinstance(visual, open_clip.transformer.VisionTransformer) and all(
+            type(block) is open_clip.transformer.ResidualAttentionBlock
+            for block in visual.transformer.resblocks)
+        if not plain or visual.attn_pool or visual.grid_size[0] ** 2 + 1 != len(
+                visual.positional_embedding):
+            raise ValueError("DenseCLIP needs a plain, unwrapped ViT of open_clip, as ViT-B-16")
         self.visual = visual
         self.patch = visual.conv1.kernel_size[0]
         depth = len(visual.transformer.resblocks)
@@ -319,6 +320,8 @@ def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
     """Sets what trains in the ViT: "spatial" (attention, position embedding), "all" or "none".
 
     ViT-B/16 at 512: spatial trains 29.1 of 86.8 million values, in 49 tensors."""
+    if mode not in ("spatial", "all", "none"):
+        raise ValueError(f"mode {mode!r}: take spatial, all or none")
     for name, tensor in clip.named_parameters():
         spatial = ".attn." in name or name.endswith("positional_embedding")
         tensor.requires_grad_(mode == "all" or (mode == "spatial" and spatial))
@@ -827,8 +830,7 @@ def consistency_loss(logits, targets: Targets, conf: float = 0.95, weighting: st
 
     logits [B, N, H, W]. "pixel" keeps confident pixels only; "mean" weighs every pixel by its
     image's mean confidence; "share" by the share of its pixels that are confident (both keep
-    unsure pixels, too). The divisor
-    counts kept and dropped pixels alike, so unsure images have a small say.
+    unsure pixels, too). The divisor counts kept and dropped pixels: unsure images have a small say.
 
         >>> zero = torch.zeros(1, 2, 2)
         >>> targets = Targets(zero.long(), zero + 1, zero > 0, zero.long())

@@ -419,6 +419,18 @@ def test_spatial_fine_tuning_trains_attention_and_position_only(authors):
     assert not any(p.requires_grad for p in semivl.spatial_fine_tuning(clip, "none").parameters())
 
 
+def test_what_would_be_computed_wrongly_is_refused():
+    visual = data_prep.empty_clip("toy").visual
+    semivl.DenseCLIP(visual, (5, 5))
+    scaled = open_clip.transformer.VisionTransformer(
+        32, 8, 32, 2, 2, 4, output_dim=8, block_type="custom", scale_attn_inner=True)
+    for wrong in (lambda: semivl.DenseCLIP(visual), lambda: semivl.DenseCLIP(scaled),
+                  lambda: semivl.spatial_fine_tuning(visual, "Spatial"),
+                  lambda: semivl.consistency_loss(None, random_targets(), weighting="pixels")):
+        with pytest.raises(ValueError):
+            wrong()
+
+
 def test_definitions_average_for_the_decoder_and_stand_apart_for_guidance():
     clip = data_prep.empty_clip("toy")
     classes = {"ground": ["grass", "sand"], "car": ["car"]}
