@@ -28,7 +28,7 @@ A few images with masks, many without, and a CLIP that has read the names of the
 Letters for shapes, in every comment below:
     B images, N classes, K concepts, H x W image, P patch, h = ceil(H/P), w = ceil(W/P), D width of
     the ViT, E width of CLIP's joint space, T = 1 + h*w tokens, C = 128 channels of a class's map.
-In sections 7, 8 and 10 no grid is in sight: x is the labelled image, w the weak view.
+In sections 7, 8 and 10 x is the labelled image and w the weak view; elsewhere x is features.
 """
 
 import copy
@@ -155,9 +155,9 @@ def encode_text(clip: open_clip.CLIP, names: list[str]) -> torch.Tensor:
 
 
 class Language(NamedTuple):
-    """The text embeddings of one data set."""
+    """The text embeddings of one data set; all rows are L2-normalised."""
 
-    decoder_text: torch.Tensor  # [N, E], what the decoder reads; all rows are L2-normalised
+    decoder_text: torch.Tensor  # [N, E], what the decoder reads
     names: torch.Tensor  # [N, E], the class names alone
     concepts: torch.Tensor  # [K, E], what frozen CLIP reads; those of a class stand together
     owner: torch.Tensor  # [K], the class of each concept
@@ -184,19 +184,19 @@ def describe_classes(clip, classes: dict[str, list[str]], cfg: Config) -> Langua
 # In: images [B, 3, H, W]. Out: dense embedding [B, E, h, w], two skip maps [B, D, h, w].
 # Attention in the last block gathers the image into the class token, so patch outputs are not
 # what the text was trained against. Skipping that attention (MaskCLIP's "value path") lets each
-# patch speak for itself. It may: what the class token gathers is a weighted mean of the patches'
+# patch speak for itself. This works: what the class token gathers is a mean of the patches'
 # VALUES, so the projection to the text's space has been trained on such things. The price is the
 # context that this last attention would have brought. The decoder's skip maps are value
 # paths too: early blocks still know where exactly things end.
 
 # Mean and standard deviation of images. CLIP was trained with its own; the authors feed it images
 # normalised with ImageNet's (`authors_clip`). The ResNet of `conv_skip` wants ImageNet's: images
-# then come with those, and DenseCLIP turns them back into CLIP's.
+# then come with those, and DenseCLIP turns them back into CLIP's (as the authors do there).
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class QuickGELU(nn.Module):
-    """open_clip's x sigmoid(1.702 x) = silu(1.702 x) / 1.702: one tensor is kept, not two."""
+    """open_clip's x sigmoid(1.702 x) = silu(1.702 x) / 1.702: backward keeps one tensor."""
 
     def forward(self, x):
         return F.silu(1.702 * x).mul_(1 / 1.702)
@@ -234,7 +234,7 @@ class DenseCLIP(nn.Module):
 
     Args:
         visual: open_clip's VisionTransformer (`open_clip.create_model(...).visual`).
-        grid: size that the position embedding is resized to, once, and trained at; any other
+        grid: (h, w) that the position embedding is resized to, once, and trained at; any other
             image size interpolates from it in each forward.
         authors: exact GELU and LayerNorm eps 1e-6, which the authors' weights were trained with;
             OpenAI's CLIP has QuickGELU and 1e-5.
@@ -311,8 +311,8 @@ class DenseCLIP(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------
-# 4. Spatial fine-tuning: which weights may learn, so that CLIP does not forget? (paper: the same)
-# In: a DenseCLIP. Out: the same, requires_grad set. To be done before optimiser and twins.
+# 4. Which weights may learn, so that CLIP does not forget? (paper: Spatial Fine-Tuning)
+# In: a DenseCLIP. Out: the same, requires_grad set. Before the optimiser and copy_trained.
 # What CLIP lacks is local, spatial reasoning, which lives in attention. What it knows lives in
 # the MLPs. So attention and the position embedding train, the rest stays as it was.
 
@@ -340,10 +340,10 @@ def copy_trained(module: nn.Module) -> nn.Module:
 
 # ----------------------------------------------------------------------------------------------
 # 5. Language-guided decoder: how does "how similar is this patch to the text" become a mask?
-# (The same in the paper.) In: dense [B, E, h, w], skips, text [N, E]. Out: logits [B, N, 4h, 4w].
+# (Paper: Language-Guided Decoder.) In: dense, skips, text [N, E]. Out: logits [B, N, 4h, 4w].
 # Every class is an item of a batch of B*N single-channel maps, so no weight belongs to a class: one
 # cleaner of similarity maps sees N times as many examples as N filters would, and takes any number
-# of classes. It costs N times the convolutions. All sizes below are the authors'.
+# of classes. It costs N times the convolutions. Sizes and align_corners are the authors'.
 
 C = 128  # channels of a class's map
 MAPS_AT_ONCE = 32  # of the B*N; more are not faster, but take more memory
@@ -358,14 +358,14 @@ def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=group_norm):
     """Convolution that keeps the size, without bias (the norm has one), norm, ReLU."""
     pad = dilation * (kernel // 2)
     conv = nn.Conv2d(c_in, c_out, kernel, padding=pad, dilation=dilation, bias=False)
-    return nn.Sequential(conv, norm(c_out), nn.ReLU(inplace=True))  # the norm needs its input only
+    return nn.Sequential(conv, norm(c_out), nn.ReLU(inplace=True))  # norms keep their input only
 
 
 def conv_by_parts(conv: nn.Conv2d, parts: list) -> list:
-    """Parts whose sum is conv(torch.cat(parts, dim=1)), for a conv without bias: it is linear, so
-    nothing need be concatenated, and what many images or places share is convolved once."""
+    """Parts whose sum is conv(torch.cat(parts, dim=1)), for a conv without bias, stride, dilation:
+    it is linear, so nothing is concatenated, and what images or places share is convolved once."""
     weights = conv.weight.split([part.shape[1] for part in parts], dim=1)
-    return [F.conv2d(part, w, padding=conv.padding) for part, w in zip(parts, weights)]
+    return [F.conv2d(part, k, padding=conv.padding) for part, k in zip(parts, weights)]
 
 
 class ASPP(nn.Module):
@@ -606,7 +606,7 @@ class FrozenGuidance(nn.Module):
 class EMATeacher:
     """Mean teacher: an exponential moving average of the student makes the pseudo-labels.
 
-    It is the model that is evaluated and saved (UniMatch V2). With decay 0 it equals the student.
+    The average is what is tested and saved (UniMatch V2). With decay 0 it equals the student.
 
         >>> student = nn.Linear(2, 1)
         >>> teacher = EMATeacher(student, decay=0.99)
@@ -731,7 +731,7 @@ def shuffled(length: int, *seed: int) -> np.ndarray:
 class TrainingPictures(Dataset):
     """Item i is all that position i of a run needs: one labelled and one unlabelled image. Lists
     hold entries (image file, mask file or None). Items: x, w, s1, s2 uint8 [3, crop, crop]; y uint8
-    and padding bool [crop, crop]; box1, box2 [4]; files, a string. (Some need unlabelled images.)
+    and padding bool [crop, crop]; box1, box2 [4]; files, a string. (Or x, y, files only.)
 
     Order and augmentation are functions of (seed, i) alone, so a run is the same with any number
     of workers, and a resumed run goes on where it stopped. Each list is shuffled anew whenever it
@@ -771,7 +771,7 @@ class TrainingPictures(Dataset):
 
 # ----------------------------------------------------------------------------------------------
 # 8. Consistency: what should the student say about an image without a mask? (UniMatch, CVPR 2023)
-# In: logits of x, s1, s2, and of w with dropped features. Out: seven scalars and their sum.
+# In: logits of x, s1, s2, and of w with dropped features. Out: seven losses, their weighted sum.
 # Nobody knows the mask, but the answer must not depend on the colours. The teacher labels the weak
 # view: argmax is the pseudo-label, its probability the confidence. The student must say the same of
 # harder versions: recoloured with a box of another image pasted in (s1, s2: a thing must be known
@@ -828,9 +828,9 @@ def supervised_loss(logits, y):
 def consistency_loss(logits, targets: Targets, conf: float = 0.95, weighting: str = "pixel"):
     """Cross-entropy against pseudo-labels, over all pixels that are not padding.
 
-    logits [B, N, H, W]. "pixel" keeps confident pixels only; "mean" weighs every pixel by its
-    image's mean confidence; "share" by the share of its pixels that are confident (both keep
-    unsure pixels, too). The divisor counts kept and dropped pixels: unsure images have a small say.
+    logits [B, N, H, W]. "pixel" keeps confident pixels only. "mean" and "share" keep all,
+    weighed by their image's mean confidence, or by its share of confident pixels. The divisor counts kept and
+    dropped pixels alike, so unsure images have a small say.
 
         >>> zero = torch.zeros(1, 2, 2)
         >>> targets = Targets(zero.long(), zero + 1, zero > 0, zero.long())
@@ -845,7 +845,6 @@ def consistency_loss(logits, targets: Targets, conf: float = 0.95, weighting: st
     if weighting != "pixel":
         pixels = valid.sum((1, 2), keepdim=True).clamp(min=1)
         weight = (weight * valid).sum((1, 2), keepdim=True) / pixels  # [B, 1, 1]
-    # where, not a product: 0 times an infinite loss would be NaN.
     return torch.where(valid, loss * weight, 0).sum() / valid.sum().clamp(min=1)
 
 
@@ -866,7 +865,7 @@ def semivl_loss(student, x, y, views, cfg: Config, guidance_weight: float) -> di
     Args:
         x, y: labelled images [B, 3, H, W] and masks [B, H, W].
         views: [(s1, targets), (s2, targets), (w, targets)]; the features of the last one are
-            perturbed. Empty without unlabelled images.
+            perturbed. Empty without unlabelled images: total is L_x then.
     """
     images = torch.cat([x] + [view for view, _ in views])
     logits = student(images, perturb=len(x) if views else 0).split(len(x))  # [B, N, H, W] each
@@ -923,7 +922,7 @@ def sliding_window(model, images, window: int, stride: int, mode: str = "logits"
 
 
 def segment(model, image: torch.Tensor, cfg: Config, device) -> torch.Tensor:
-    """The data set's test protocol for one uint8 image [3, H, W] -> scores [N, H, W]."""
+    """The authors' test protocol for one uint8 image [3, H, W] -> scores [N, H, W]."""
     H, W = image.shape[1:]
     stride = cfg.stride or 5 * cfg.crop // 6
     if cfg.fit:  # the short side becomes the window's, whatever the long one does
@@ -1044,13 +1043,12 @@ class Training:
         """What the student is to learn of unlabelled images: three pairs of images, uint8
         [B, 3, H, W], and Targets: strong views s1 and s2 after CutMix, and the weak view w."""
         guidance = self.guidance if self.cfg.guidance else None
-        # Teacher and frozen CLIP look at the weak view, which is easy.
         with data_prep.autocast(self.cfg, self.device):
             parts = [make_targets(self.teacher, guidance, normalize(data["w"][chunk], self.cfg),
                                   data["padding"][chunk]) for chunk in self.micro_batches(data)]
         targets = Targets(*map(torch.cat, zip(*parts)))  # [B, H, W] each
-        # CutMix: an image's partner is at the mirrored place of the batch (of all processes), so
-        # every image is loaded and predicted once. The middle one of an odd batch is its own.
+        # CutMix: image i's partner is image B - 1 - i of the batch (of all processes), so that each
+        # image is loaded and predicted once. The middle one of an odd batch is its own partner.
         paste = targets.map(data_prep.mirrored)
         s1, s2 = (cutmix(data[name], targets, data_prep.mirrored(data[name]), paste, data[box])
                   for name, box in (("s1", "box1"), ("s2", "box2")))
@@ -1080,7 +1078,7 @@ class Training:
             # Seeded, so that a resumed run, or one of several processes, drops the same features.
             torch.manual_seed(cfg.seed * STREAM + STREAM // 2 + first + chunk.start)
             x, y = normalize(data["x"][chunk], cfg), data["y"][chunk].long()
-            part = [(normalize(view[chunk], cfg), t.map(lambda t: t[chunk])) for view, t in views]
+            part = [(normalize(view[chunk], cfg), t.map(lambda a: a[chunk])) for view, t in views]
             with data_prep.in_step(self.parallel, chunk is chunks[-1]):
                 with data_prep.autocast(cfg, self.device):
                     losses = semivl_loss(self.parallel, x, y, part, cfg, guidance_weight)
@@ -1101,7 +1099,7 @@ class Training:
         return log
 
     def tally(self, targets: Targets) -> dict:
-        """For the log: shares of true pixels with a confident pseudo-label, with a guide label."""
+        """For the log: shares of unpadded pixels with confident pseudo-label, with guide label."""
         kept = (targets.confidence >= self.cfg.conf) & ~targets.padding
         accepted = targets.label[kept].bincount(minlength=len(self.accepted))
         counts = torch.stack([(~targets.padding).sum(), (targets.guide != IGNORE).sum()])
@@ -1137,13 +1135,14 @@ def train(cfg: Config, resume: dict | None = None) -> None:
         cfg.out = data_prep.new_run(cfg, folder, __file__)
     print(data_prep.describe_run(run), flush=True)
     if not run.step:
-        data_prep.save_run(run, "last.pt", resumable=True)  # finds a full disk now
+        data_prep.save_run(run, "last.pt", resumable=True)  # a full disk fails here
         few = folder.val[:100]  # the sanity check that CLIP's weights and the class names are right
         names, concepts = (run.miou(m, few, "frozen") for m in (run.frozen_names, run.guidance))
         print(f"frozen     CLIP has {names:.1f} mIoU by class names, {concepts:.1f} by definitions "
               f"({len(few)} validation images)", flush=True)
 
-    data_prep.run_to_end(METHOD, run)  # train_step, train_step, ..., validate, save, draw
+    # for batch in run.batches(): run.train_step(batch); at times validate, save, draw
+    data_prep.run_to_end(METHOD, run)
     models = {"CLIP by names": run.frozen_names, "by definitions": run.guidance}
     data_prep.report(METHOD, run, models | {"SemiVL": run.teacher})
 
@@ -1190,9 +1189,9 @@ def main(argv=None) -> int:
 # a CutMix box keeps its area until it fits | cutmix_box
 # CutMix partner | Training.views | another crop of the same image -> mirrored image of the batch
 # feature dropout: whole channels, dense map and skips, not the text | SemiVL.forward
-# L_s: divided by all true pixels, kept or not | consistency_loss | padding summed -> left out
+# L_s: divided by all unpadded pixels, kept or not | consistency_loss | padding summed -> left out
 # G: divided by all pixels, padding too; weight falls linearly to 0 | guidance_loss, train_step
-# weight decay on all that trains, norms too; steps 0 and 1 at the base rate | make_optimizer
+# weight decay on all that trains, norms too; steps 0 and 1 at base rate | make_optimizer, learning_rate
 # windows: logits averaged, on Cityscapes probabilities, other starts | window_starts
 # mIoU over classes that occur | iou_per_class | an absent class counts 0 -> is left out
 
