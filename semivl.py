@@ -829,8 +829,8 @@ def consistency_loss(logits, targets: Targets, conf: float = 0.95, weighting: st
     """Cross-entropy against pseudo-labels, over all pixels that are not padding.
 
     logits [B, N, H, W]. "pixel" keeps confident pixels only. "mean" and "share" keep all,
-    weighed by their image's mean confidence, or by its share of confident pixels. The divisor counts kept and
-    dropped pixels alike, so unsure images have a small say.
+    weighed by their image's mean confidence, or by its share of confident pixels. The divisor
+    counts kept and dropped pixels alike, so unsure images have a small say.
 
         >>> zero = torch.zeros(1, 2, 2)
         >>> targets = Targets(zero.long(), zero + 1, zero > 0, zero.long())
@@ -1191,7 +1191,7 @@ def main(argv=None) -> int:
 # feature dropout: whole channels, dense map and skips, not the text | SemiVL.forward
 # L_s: divided by all unpadded pixels, kept or not | consistency_loss | padding summed -> left out
 # G: divided by all pixels, padding too; weight falls linearly to 0 | guidance_loss, train_step
-# weight decay on all that trains, norms too; steps 0 and 1 at base rate | make_optimizer, learning_rate
+# weight decay on norms, too; steps 0 and 1 at the base rate | make_optimizer, learning_rate
 # windows: logits averaged, on Cityscapes probabilities, other starts | window_starts
 # mIoU over classes that occur | iou_per_class | an absent class counts 0 -> is left out
 
