@@ -856,16 +856,15 @@ def guidance_loss(logits, targets: Targets):
 
 
 def semivl_loss(student, x, y, views, cfg: Config, guidance_weight: float) -> dict:
-    """One forward of the student, all seven losses (fp: w with feature perturbation) and "total":
-
-        (L_x + (L_s1 + L_s2 + 2 L_fp) / 4) / 2 + guidance_weight (G_s1 + G_s2 + 2 G_fp) / 4
+    """One forward of the student -> scalars: "x", "s1", "s2", "fp" (w with feature perturbation),
+    "guide_s1", "guide_s2", "guide_fp", and their weighted sum "total".
 
     UniMatch's weights: labelled and unlabelled count alike, fp as much as both strong views.
 
     Args:
         x, y: labelled images [B, 3, H, W] and masks [B, H, W].
-        views: [(s1, targets), (s2, targets), (w, targets)]; the features of the last one are
-            perturbed. Empty without unlabelled images: total is L_x then.
+        views: [(s1, targets), (s2, targets), (w, targets)], B images each; the features of the
+            last one are perturbed. Empty without unlabelled images: total is L_x then.
     """
     images = torch.cat([x] + [view for view, _ in views])
     logits = student(images, perturb=len(x) if views else 0).split(len(x))  # [B, N, H, W] each
@@ -873,13 +872,11 @@ def semivl_loss(student, x, y, views, cfg: Config, guidance_weight: float) -> di
     if not views:
         return losses | {"total": losses["x"]}
 
-    consistency = guide = 0.0
-    names, weights = ("s1", "s2", "fp"), (0.25, 0.25, 0.5)
-    for name, weight, view_logits, (_, targets) in zip(names, weights, logits[1:], views):
+    for name, view_logits, (_, targets) in zip(("s1", "s2", "fp"), logits[1:], views):
         losses[name] = consistency_loss(view_logits, targets, cfg.conf, cfg.weighting)
         losses[f"guide_{name}"] = guidance_loss(view_logits, targets)
-        consistency = consistency + weight * losses[name]
-        guide = guide + weight * losses[f"guide_{name}"]
+    consistency = 0.25 * losses["s1"] + 0.25 * losses["s2"] + 0.5 * losses["fp"]
+    guide = 0.25 * losses["guide_s1"] + 0.25 * losses["guide_s2"] + 0.5 * losses["guide_fp"]
     losses["total"] = (losses["x"] + consistency) / 2 + guidance_weight * guide
     return losses
 
