@@ -474,7 +474,7 @@ class LanguageGuidedDecoder(nn.Module):
 
     def spatial_reasoning(self, similarity):
         """Each class alone: [B, N, h, w] -> [B, N, C, h, w]."""
-        x = self.lift(similarity.flatten(0, 1).unsqueeze(1))  # [B*N, C, h, w]
+        x = self.lift(similarity.flatten(0, 1).unsqueeze(1))  # [B*N, 1, h, w] -> [B*N, C, h, w]
         return (x + self.aspp(x)).unflatten(0, similarity.shape[:2])
 
     def semantic_reasoning(self, x, text):
@@ -586,6 +586,8 @@ class FrozenGuidance(nn.Module):
         self.clip, self.conf = clip, conf
         self.register_buffer("concepts", concepts)
         self.sizes = owner.bincount().tolist()  # concepts of each class
+        if 0 in self.sizes or owner.tolist() != sorted(owner.tolist()):
+            raise ValueError("owner: every class needs a concept, and its concepts stand together")
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -426,6 +426,7 @@ def test_what_would_be_computed_wrongly_is_refused():
         32, 8, 32, 2, 2, 4, output_dim=8, block_type="custom", scale_attn_inner=True)
     for wrong in (lambda: semivl.DenseCLIP(visual), lambda: semivl.DenseCLIP(scaled),
                   lambda: semivl.spatial_fine_tuning(visual, "Spatial"),
+                  lambda: semivl.FrozenGuidance(None, None, torch.tensor([0, 1, 0])),
                   lambda: semivl.consistency_loss(None, random_targets(), weighting="pixels")):
         with pytest.raises(ValueError):
             wrong()
