@@ -801,7 +801,7 @@ def load_strictly(module, state: dict, file, what: str, extra: bool = False) -> 
 
 
 def conv_encoder(weights: str) -> torch.nn.Module:
-    """Cityscapes' third skip path: deep stem and first stage of timm's resnet101c.
+    """Cityscapes' shallow skip: deep stem and first stage of timm's resnet101c.
 
     ImageNet-normalised [B, 3, H, W] -> [[B, 256, ceil(H/4), ceil(W/4)]]. `weights`: "" for timm's
     own download, "none" for random ones, or a file of a whole resnet101c.

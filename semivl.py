@@ -79,7 +79,7 @@ class Config:
     definitions: bool = setting("model", True, "describe a class by its concepts, not its name")
     finetune: str = setting("model", "spatial", "what trains in the ViT; spatial: attention and "
                             "position embedding", choices=("spatial", "all", "none"))
-    conv_skip: bool = setting("model", False, "third skip path: a ResNet-101 stem (Cityscapes)")
+    conv_skip: bool = setting("model", False, "a ResNet-101 stem for the shallow skip (Cityscapes)")
     conv_weights: str = setting("model", "", "FILE of its weights, or none: random; '': timm's")
 
     unlabeled: bool = setting("method", True, "use the unlabelled images")
@@ -438,7 +438,7 @@ class UpStage(nn.Module):
         x = self.up(x)  # [B*N, c_in - c_skip, 2a, 2b]
         skip = F.interpolate(skip, x.shape[2:], mode="bilinear", align_corners=True)
         (conv, norm, relu), second = self.convs
-        x, skip = conv_by_parts(conv, [x, skip])  # of the skip once per image, not N times
+        x, skip = conv_by_parts(conv, [x, skip])  # of the skip once per image and group of classes
         x = x.unflatten(0, (len(skip), -1)) + skip.unsqueeze(1)  # [B, N, c_out, 2a, 2b]
         return second(relu(norm(x.flatten(0, 1))))
 
@@ -704,7 +704,7 @@ def scale_crop_flip(image: torch.Tensor, mask: torch.Tensor, cfg: Config):
     return image, mask[0]
 
 
-strong_view = v2.Compose([  # UniMatch's numbers; the kernel is 6 sigma wide
+strong_view = v2.Compose([  # UniMatch's numbers; kernel: 3 of the largest sigma a side
     v2.RandomApply([v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)], 0.8),
     v2.RandomGrayscale(0.2),
     v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], 0.5),
@@ -1179,7 +1179,7 @@ def main(argv=None) -> int:
 # position embedding: bicubic, no antialiasing, resized once, then trained | resize_position
 # attention and position embedding train, nothing else of the ViT | spatial_fine_tuning
 # a class is an item of the batch; text is concatenated, not multiplied | SemanticReasoning
-# skip convolved once for all classes | conv_by_parts | N times -> once, the same numbers
+# skip convolved once a group of classes | conv_by_parts | N times -> fewer, the same numbers
 # padded frame's logits are squeezed into H x W, not cut | SemiVL.forward | two resizes -> one
 # pseudo-labels | EMATeacher | the student in eval mode -> its moving average
 # best concept of a class, times 100, softmax over classes, then 0.9 | FrozenGuidance
