@@ -185,9 +185,9 @@ class Folder:
                     break
         taken = {image for image, _ in self.labelled}
         self.unlabelled = [entry for entry in self.train if entry[0] not in taken]
-        if cfg.unlabeled and not self.unlabelled:
+        if cfg.unlabelled and not self.unlabelled:
             raise UserError(f"{self.path}: no training image is left unlabelled; use "
-                            "--unlabeled off")
+                            "--unlabelled off")
 
     def check(self, decode_all: bool = True) -> None:
         """Opens all that will be used, before it is; says all that is wrong at once, in at most
@@ -1105,7 +1105,7 @@ def check_settings(cfg, training: bool = True) -> None:
                         "pixels would be left out")
     if cfg.decoder == "vision" and cfg.conv_skip:
         raise UserError("--decoder vision has no convolutional skip: add --conv-skip off")
-    if cfg.decoder == "vision" and cfg.micro_batch == 1 and not cfg.unlabeled:
+    if cfg.decoder == "vision" and cfg.micro_batch == 1 and not cfg.unlabelled:
         raise UserError("--decoder vision has batch norm: take --micro-batch 2 or more")
 
 
@@ -1358,7 +1358,7 @@ class RunLog:
 
     def speed(self) -> float:
         """Images a second, labelled and unlabelled."""
-        return self.run.cfg.batch * (1 + self.run.cfg.unlabeled) * self.timed / self.seconds
+        return self.run.cfg.batch * (1 + self.run.cfg.unlabelled) * self.timed / self.seconds
 
     def evaluation(self, line: dict) -> None:
         """What `validate` says, with the means since the last time."""
@@ -1401,7 +1401,7 @@ def describe_run(run) -> str:
     cfg, folder = run.cfg, run.folder
     values = [(p.numel(), p.requires_grad) for p in run.student.parameters()]
     held, trained = (sum(n for n, grad in values if grad or every) / 1e6 for every in (1, 0))
-    unlabelled, partners = (len(folder.unlabelled), cfg.batch) if cfg.unlabeled else (0, 0)
+    unlabelled, partners = (len(folder.unlabelled), cfg.batch) if cfg.unlabelled else (0, 0)
     return (
         f"data       {cfg.dataset}: {len(folder.labelled)} labelled{' (drawn)' * folder.drawn}, "
         f"{unlabelled} unlabelled, "
@@ -1536,10 +1536,10 @@ def draw_progress(method, run, batch: dict | None) -> None:
     Pseudo-labels are those that the teacher would give; below `conf` they are hatched."""
     cfg, folder, classes = run.cfg, run.folder, list(run.folder.classes)
     views = None
-    if cfg.unlabeled and batch is not None:  # by all processes: CutMix takes partners from others
+    if cfg.unlabelled and batch is not None:  # by all processes: CutMix takes partners from others
         data = run.to_device(batch)
-        views = [(image.cpu(), targets.map(torch.Tensor.cpu))
-                 for image, targets in run.views(data)]
+        views = {name: (image.cpu(), targets.map(torch.Tensor.cpu))
+                 for name, (image, targets) in run.views(data).items()}
     if process()[0]:
         return
     rows = []
@@ -1558,15 +1558,15 @@ def draw_progress(method, run, batch: dict | None) -> None:
               "EMA teacher"]
     contact_sheet(f"{cfg.out}/sheet.png", titles, rows, classes)
     if views:
-        (s1, one), (s2, two), (w, own) = views
+        (s1, one), (s2, two), (w, own) = views.values()
         x, y = data["x"].cpu(), data["y"].cpu()
 
         def target(targets, i):
             unsure = targets.padding[i] | (targets.confidence[i] < cfg.conf)
             return (targets.label[i].masked_fill(targets.padding[i], IGNORE), unsure)
 
-        rows = [[x[i], y[i], w[i], target(own, i), own.guide[i], s1[i], target(one, i),
-                 one.guide[i], s2[i], target(two, i)] for i in range(min(6, len(w)))]
+        rows = [[x[i], y[i], w[i], target(own, i), own.guidance[i], s1[i], target(one, i),
+                 one.guidance[i], s2[i], target(two, i)] for i in range(min(6, len(w)))]
         titles = ["labelled x", "mask y", "weak view w", "pseudo-label", "frozen CLIP",
                   "strong view s1", "its label", "its frozen CLIP", "strong view s2", "its label"]
         contact_sheet(f"{cfg.out}/views.png", titles, rows, classes, side=130)
@@ -1580,15 +1580,16 @@ def draw_progress(method, run, batch: dict | None) -> None:
             ("labelled x", x[i], "STUDENT", said[0], [("its mask", y[i])], "L_x"),
             ("weak view w", w[i], "EMA TEACHER", target(own, i), [],
              "pseudo-label; unsure: hatched"),
-            ("weak view w", w[i], "FROZEN CLIP", own.guide[i], [], "guidance label; unsure: white"),
+            ("weak view w", w[i], "FROZEN CLIP", own.guidance[i], [],
+             "guidance label; unsure: white"),
             ("strong view s1", s1[i], "STUDENT", said[1],
-             [("mixed pseudo-label", target(one, i)), ("mixed guidance", one.guide[i])],
+             [("mixed pseudo-label", target(one, i)), ("mixed guidance", one.guidance[i])],
              "L_s1, G_s1"),
             ("strong view s2", s2[i], "STUDENT", said[2],
-             [("mixed pseudo-label", target(two, i)), ("mixed guidance", two.guide[i])],
+             [("mixed pseudo-label", target(two, i)), ("mixed guidance", two.guidance[i])],
              "L_s2, G_s2"),
             ("w, features dropped", w[i], "STUDENT", said[3],
-             [("pseudo-label", target(own, i)), ("guidance", own.guide[i])], "L_fp, G_fp")])
+             [("pseudo-label", target(own, i)), ("guidance", own.guidance[i])], "L_fp, G_fp")])
     draw_curves(Path(cfg.out) / "log.jsonl", Path(cfg.out) / "curves.png")
 
 
@@ -1661,7 +1662,7 @@ def draw_curves(log: Path, file: Path) -> None:
         ("loss terms (smoothed)", {
             "supervised x": curve(steps, "x", True), "s1": curve(steps, "s1", True),
             "s2": curve(steps, "s2", True), "features dropped": curve(steps, "fp", True),
-            "frozen CLIP on s1": curve(steps, "guide_s1", True)}),
+            "frozen CLIP on s1": curve(steps, "guidance_s1", True)}),
         ("share of unlabelled pixels (smoothed)", {
             "pseudo-label accepted": curve(steps, "kept", True),
             "frozen CLIP sure": curve(steps, "guided", True)})]
@@ -1885,7 +1886,7 @@ def in_every_process(train):
         if cfg.batch % world or share % at_once:
             raise UserError(f"--batch {cfg.batch}, --micro-batch {cfg.micro_batch}: cannot be "
                             f"shared evenly by {world} processes")
-        if cfg.decoder == "vision" and at_once == 1 and not cfg.unlabeled:
+        if cfg.decoder == "vision" and at_once == 1 and not cfg.unlabelled:
             raise UserError(f"--decoder vision has batch norm: take a --batch above {world}")
         device = pick_device(cfg.device)
         if device.type not in ("cpu", "cuda") or device.index is not None:
@@ -1954,6 +1955,17 @@ def means(scalars: dict) -> dict:
     return dict(zip(scalars, values.tolist()))
 
 
+def tally(run, targets) -> dict:
+    """For the log: share of unpadded pixels with a confident pseudo-label ("kept"), with a guidance
+    label ("guided"). Counts the former for each class in run.accepted."""
+    kept = (targets.confidence >= run.cfg.conf) & ~targets.padding
+    accepted = total(targets.label[kept].bincount(minlength=len(run.accepted)))
+    counts = torch.stack([(~targets.padding).sum(), (targets.guidance != IGNORE).sum()])
+    run.accepted += accepted
+    pixels, guided = total(counts).tolist()
+    return dict(kept=float(accepted.sum()) / max(pixels, 1), guided=guided / max(pixels, 1))
+
+
 def run_to_end(method, run) -> None:
     """Steps and evaluations from the present step to the last, whatever signals come."""
     every = math.ceil(run.steps / run.cfg.evals)  # steps between evaluations
@@ -1988,13 +2000,13 @@ def run_to_end(method, run) -> None:
 
 # Each rung adds one idea to the one before; then SemiVL with one thing changed.
 LADDER = {
-    "labelled scenes only, DeepLabV3+": "--decoder vision --unlabeled off",
+    "labelled scenes only, DeepLabV3+": "--decoder vision --unlabelled off",
     "+ consistency (UniMatch, EMA teacher)": "--decoder vision --guidance 0",
     "+ language-guided decoder": "--guidance 0",
     "+ guidance by class names": "--definitions off",
     "+ definitions: SemiVL": "",
     "SemiVL, DeepLabV3+ decoder": "--decoder vision",
-    "language decoder, labelled scenes only": "--unlabeled off",
+    "language decoder, labelled scenes only": "--unlabelled off",
     "SemiVL, whole ViT trained": "--finetune all",
     "SemiVL, ViT not trained": "--finetune none",
     "SemiVL, the student its own teacher": "--ema 0",
@@ -2136,11 +2148,11 @@ def measure(method, cfg) -> dict:
     return dict(
         device=str(run.device), dtype=precision(cfg, run.device), torch=torch.__version__,
         threads=torch.get_num_threads(), classes=len(classes), crop=cfg.crop,
-        images_per_step=f"{cfg.batch} labelled + {cfg.batch * cfg.unlabeled} unlabelled",
+        images_per_step=f"{cfg.batch} labelled + {cfg.batch * cfg.unlabelled} unlabelled",
         accumulation=f"{cfg.batch // cfg.micro_batch} x {cfg.micro_batch}",
         seconds_per_step=dict(min=min(totals), median=step, max=max(totals)),
         seconds_per_phase={n: statistics.median(p[n] for p in phases) for n in phases[0]},
-        images_per_second=(1 + cfg.unlabeled) * cfg.batch / step, peak_memory=memory,
+        images_per_second=(1 + cfg.unlabelled) * cfg.batch / step, peak_memory=memory,
         parameters_trained=trained, parameters_held=held,
         seconds_per_evaluation_window=evaluation)
 
@@ -2174,7 +2186,8 @@ def saved_bytes(method, cfg) -> tuple[int, int]:
         targets = method.Targets(label, label.float(), label > 0, label)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), \
                 autocast(cfg, torch.device("cpu")):
-            method.semivl_loss(student, images, label, [(images, targets)] * 3, cfg, 0.1)
+            views = dict.fromkeys(("s1", "s2", "fp"), (images, targets))
+            method.semivl_loss(student, images, label, views, cfg, 0.1)
         for p in student.parameters():  # weights, and views of them, are counted by themselves
             for tensor in (p, p.detach()):  # in this mode the latter has a storage of its own
                 kept.pop(tensor.untyped_storage()._cdata, None)
@@ -2184,7 +2197,7 @@ def saved_bytes(method, cfg) -> tuple[int, int]:
 
 def memory_table(method, cfg) -> None:
     """Which micro-batch fits into which memory, for each data set."""
-    cards, rows = (12, 16, 24, 40), []
+    cards = 12, 16, 24, 40
     print("GB that a micro-batch of 1 (4 images at once) keeps for the backward pass; the largest\n"
           "micro-batch in cards of 12, 16, 24, 40 GB. Needed: weights, gradients and optimiser,\n"
           "1.2 times what is kept, 1 GB for CUDA.\n")

@@ -82,7 +82,7 @@ class Config:
     conv_skip: bool = setting("model", False, "a ResNet-101 stem for the shallow skip (Cityscapes)")
     conv_weights: str = setting("model", "", "FILE of its weights, or none: random; '': timm's")
 
-    unlabeled: bool = setting("method", True, "use the unlabelled images")
+    unlabelled: bool = setting("method", True, "use the unlabelled images")
     conf: float = setting("method", 0.95, "confidence from which a pseudo-label counts", high=1)
     weighting: str = setting("method", "pixel", "weight of a pseudo-label: 1 above conf, else 0; "
                              "its image's mean confidence; its image's share above conf",
@@ -124,14 +124,13 @@ PRESETS = {
     "coco": dict(labels=232, fit=False, epochs=10, micro_batch=1, lr=4e-3, vit_lr=4e-7),
     "ade20k": dict(labels=158, epochs=40, micro_batch=1, lr=4e-3, vit_lr=4e-7),
     "cityscapes": dict(
-        labels=100, fit=False, crop=801, steps=83_760, micro_batch=1, lr=5e-4, vit_lr=5e-6,
+        labels=100, fit=False, crop=801, steps=240 * 349, micro_batch=1, lr=5e-4, vit_lr=5e-6,
         conv_skip=True, decoder_text="mean", weighting="mean", window="probabilities", stride=534),
-}
+}  # 349 steps: an epoch of the 186 split, whatever --labels is; 534: two thirds of the crop
 
 # All chance is a function of (seed, position in the run), so that a resumed run repeats it. Seeds
 # are this far apart; augmentation has the first half of a range, feature dropout the second.
 STREAM = 10**9
-METHOD = sys.modules[__name__]  # for data_prep.py, which this file imports, to call back
 IGNORE = 255  # "no label" in every mask, whatever a folder's files call it
 
 # ----------------------------------------------------------------------------------------------
@@ -159,8 +158,8 @@ class Language(NamedTuple):
 
     decoder_text: torch.Tensor  # [N, E], what the decoder reads
     names: torch.Tensor  # [N, E], the class names alone
-    concepts: torch.Tensor  # [K, E], what frozen CLIP reads; those of a class stand together
-    owner: torch.Tensor  # [K], the class of each concept
+    concepts: torch.Tensor  # [K, E], what frozen CLIP reads: all concepts, class after class
+    sizes: list[int]  # N numbers whose sum is K: how many concepts each class has
 
 
 def describe_classes(clip, classes: dict[str, list[str]], cfg: Config) -> Language:
@@ -169,13 +168,13 @@ def describe_classes(clip, classes: dict[str, list[str]], cfg: Config) -> Langua
     if not cfg.definitions:
         classes = {name: [name] for name in classes}
     concepts = encode_text(clip, [c for group in classes.values() for c in group])
-    owner = torch.tensor([n for n, group in enumerate(classes.values()) for _ in group])
+    sizes = [len(group) for group in classes.values()]
     if cfg.decoder_text == "mean":
         # Mean BEFORE normalising, as the authors do: a longer embedding has the larger say.
-        text = torch.stack([concepts[owner == n].mean(0) for n in range(len(classes))])
+        text = torch.stack([group.mean(0) for group in concepts.split(sizes)])
     else:
         text = names
-    return Language(*(F.normalize(t, dim=-1) for t in (text, names, concepts)), owner)
+    return Language(*(F.normalize(t, dim=-1) for t in (text, names, concepts)), sizes)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -341,9 +340,10 @@ def copy_trained(module: nn.Module) -> nn.Module:
 # ----------------------------------------------------------------------------------------------
 # 5. Language-guided decoder: how does "how similar is this patch to the text" become a mask?
 # (Paper: Language-Guided Decoder.) In: dense, skips, text [N, E]. Out: logits [B, N, 4h, 4w].
-# Every class is an item of a batch of B*N single-channel maps, so no weight belongs to a class: one
-# cleaner of similarity maps sees N times as many examples as N filters would, and takes any number
-# of classes. It costs N times the convolutions. Sizes and align_corners are the authors'.
+# A usual decoder ends in N filters, each learned from the few masks that show its class. Here every
+# class is an item of a batch: B*N maps of one channel, the similarity to its text. The same weights
+# clean the map of whatever class they are given, so they learn from all classes and take any number
+# of them; the price is N times the convolutions. Sizes and align_corners are the authors'.
 
 C = 128  # channels of a class's map
 MAPS_AT_ONCE = 32  # of the B*N; more are not faster, but take more memory
@@ -402,12 +402,12 @@ class SemanticReasoning(nn.Module):
     def forward(self, x, text):
         B, N, _, h, w = x.shape
         maps = x.flatten(0, 1)  # [B*N, C, h, w]
-        # Relations are coarse: 4 x 4 patches share one (floored and stretched back, as published;
-        # a small window may have fewer than four patches a side).
+        # Relations are coarse: 4 x 4 patches share one. h' = h // 4, w' = w // 4, at least 1; what
+        # does not fill a square of four is left out, and the rest stretched over it, as published.
         pooled = F.avg_pool2d(maps, (min(4, h), min(4, w)))  # [B*N, C, h', w']
         size = pooled.shape[2:]
         tokens = pooled.unflatten(0, (B, N)).permute(0, 3, 4, 1, 2).flatten(0, 2)  # [B*h'*w', N, C]
-        text = text.expand(len(tokens), -1, -1)  # context: its half of the output is dropped
+        text = text.expand(len(tokens), -1, -1)  # [B*h'*w', N, C], context: see [..., :C] below
         tokens = self.layer(torch.cat([tokens, text], dim=2))[..., :C]  # [B*h'*w', N, C]
         pooled = tokens.unflatten(0, (B, *size)).permute(0, 3, 4, 1, 2)  # [B, N, C, h', w']
         refined = F.interpolate(pooled.flatten(0, 1), (h, w), mode="bilinear", align_corners=True)
@@ -436,7 +436,7 @@ class UpStage(nn.Module):
 
     def forward(self, x, skip):
         x = self.up(x)  # [B*N, c_in - c_skip, 2a, 2b]
-        skip = F.interpolate(skip, x.shape[2:], mode="bilinear", align_corners=True)
+        skip = F.interpolate(skip, x.shape[2:], mode="bilinear", align_corners=True)  # of 2a x 2b
         (conv, norm, relu), second = self.convs
         x, skip = conv_by_parts(conv, [x, skip])  # of the skip once per image and group of classes
         x = x.unflatten(0, (len(skip), -1)) + skip.unsqueeze(1)  # [B, N, c_out, 2a, 2b]
@@ -526,7 +526,8 @@ class VisionDecoder(nn.Module):
 
     def forward(self, dense, skips, text=None):
         _, deep = skips
-        return self.head(self.fuse(torch.cat([self.skip_proj(deep), self.aspp(dense)], dim=1)))
+        x = torch.cat([self.skip_proj(deep), self.aspp(dense)], dim=1)  # [B, 48 + width, h, w]
+        return self.head(self.fuse(x))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -540,8 +541,9 @@ class SemiVL(nn.Module):
         clip: the image encoder.
         decoder: LanguageGuidedDecoder or VisionDecoder.
         text: [N, E], one embedding a class.
-        conv: optional (Cityscapes): images -> [map [B, 256, H/4, W/4]] instead of the shallow skip.
-            Thin things such as poles are lost in a patch of 16 pixels; its stride of 4 keeps them.
+        conv: optional (Cityscapes), images -> list of maps, of which the last, [B, 256, H/4, W/4],
+            replaces the shallow skip. Thin things such as poles are lost in a patch of 16 pixels;
+            its stride of 4 keeps them.
     """
 
     def __init__(self, clip: DenseCLIP, decoder: nn.Module, text: torch.Tensor, conv=None):
@@ -556,7 +558,7 @@ class SemiVL(nn.Module):
         the dense embedding and of each skip map are dropped, as whole maps (UniMatch)."""
         dense, (shallow, deep) = self.clip(images)
         if self.conv is not None:
-            (shallow,) = self.conv(images)
+            shallow = self.conv(images)[-1]  # timm gives a list
         features = [dense, shallow, deep]
         if perturb:
             features = [torch.cat([f[:-perturb], F.dropout2d(f[-perturb:], 0.5)])
@@ -577,17 +579,18 @@ class FrozenGuidance(nn.Module):
 
     Args:
         clip: a DenseCLIP that nobody trains (see `copy_trained`).
-        concepts: [K, E] text embeddings; owner: [K], the class of each, in ascending order.
+        concepts: [K, E] text embeddings, class after class.
+        sizes: how many of them each of the N classes has.
         conf: probability from which a label counts.
     """
 
-    def __init__(self, clip: DenseCLIP, concepts, owner, conf: float = 0.9):
+    def __init__(self, clip: DenseCLIP, concepts, sizes: list[int], conf=0.9):
         super().__init__()
         self.clip, self.conf = clip, conf
         self.register_buffer("concepts", concepts)
-        self.sizes = owner.bincount().tolist()  # concepts of each class
-        if 0 in self.sizes or owner.tolist() != sorted(owner.tolist()):
-            raise ValueError("owner: every class needs a concept, and its concepts stand together")
+        self.sizes = sizes
+        if min(sizes) < 1 or sum(sizes) != len(concepts):
+            raise ValueError(f"sizes {sizes}: {len(concepts)} concepts, at least one a class")
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -595,7 +598,8 @@ class FrozenGuidance(nn.Module):
         dense, _ = self.clip(images)
         similarity = cosine_maps(dense, self.concepts)  # [B, K, h, w]
         # A class is where ANY of its concepts is: the best one speaks for it.
-        similarity = torch.stack([s.amax(1) for s in similarity.split(self.sizes, dim=1)], dim=1)
+        groups = similarity.split(self.sizes, dim=1)  # N of [B, concepts of the class, h, w]
+        similarity = torch.stack([group.amax(1) for group in groups], dim=1)  # [B, N, h, w]
         similarity = F.interpolate(similarity, images.shape[2:], mode="bilinear")  # [B, N, H, W]
         return 100 * similarity  # 100 is the scale that CLIP's training ended at
 
@@ -677,8 +681,9 @@ def scaled_size(height: int, width: int, scale: float) -> list[int]:
 def random_size(height: int, width: int, cfg: Config) -> list[int]:
     """A random size for an image, keeping its aspect; r is uniform in [scale_min, scale_max].
 
-    With `fit`, as large as goes into (4 crop r) x (crop r), long and short side: at a crop of 512
-    and r = 1, 500 x 375 becomes 683 x 512. Otherwise the long side becomes r times itself."""
+    With `fit`, as large as goes into (4 crop r) x (crop r), long and short side (2048 r x 512 r as
+    published): at r = 1, 500 x 375 becomes 683 x 512. Otherwise the long side becomes r times
+    itself."""
     long, short = max(height, width), min(height, width)
     if cfg.fit:
         r = float(torch.empty(()).uniform_(cfg.scale_min, cfg.scale_max))
@@ -787,7 +792,7 @@ class Targets(NamedTuple):
     label: torch.Tensor  # int64, pseudo-label of the teacher
     confidence: torch.Tensor  # float32, its probability
     padding: torch.Tensor  # bool, True where there is no image
-    guide: torch.Tensor  # int64, label of the frozen CLIP, or IGNORE
+    guidance: torch.Tensor  # int64, label of frozen CLIP, or IGNORE
 
     def map(self, change) -> "Targets":
         """The same change to each of the four."""
@@ -800,25 +805,25 @@ def make_targets(teacher, guidance, w, padding) -> Targets:
 
     padding [B, H, W] is True where there is no image."""
     confidence, label = teacher(w).softmax(1).max(1)
-    guide = guidance.labels(w) if guidance else torch.full_like(label, IGNORE)
-    return Targets(label, confidence, padding, guide.masked_fill(padding, IGNORE))
+    clip_label = guidance.labels(w) if guidance else torch.full_like(label, IGNORE)
+    return Targets(label, confidence, padding, clip_label.masked_fill(padding, IGNORE))
 
 
-def cutmix(images, targets: Targets, partner_images, partner_targets: Targets, box):
-    """Pastes into images [B, 3, H, W] each one's box [B, 4] (top, left, bottom, right) of its
-    partner, targets and all -> images, Targets (CutMix, Yun et al., ICCV 2019).
+def cutmix(mine: torch.Tensor, partner: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
+    """Pastes into each item its box of the partner's item (CutMix, Yun et al., ICCV 2019). The same
+    box goes into an image and into each of its targets, or labels and pixels part.
 
-        >>> a, t = torch.zeros(1, 3, 4, 4), Targets(*torch.zeros(4, 1, 4, 4))
-        >>> mixed, _ = cutmix(a, t, a + 1, t, torch.tensor([[0, 0, 2, 4]]))
-        >>> mixed.mean().item()
-        0.5
+    mine, partner: [B, H, W] or [B, 3, H, W]; box: [B, 4], (top, left, bottom, right) of each.
+
+        >>> image = torch.zeros(1, 3, 4, 4)
+        >>> cutmix(image, image + 1, torch.tensor([[0, 0, 2, 4]]))[0, 0, :, 0]
+        tensor([1., 1., 0., 0.])
     """
-    rows = torch.arange(images.shape[2], device=images.device)[None, :, None]
-    cols = torch.arange(images.shape[3], device=images.device)[None, None, :]
+    rows = torch.arange(mine.shape[-2], device=mine.device)[:, None]
+    cols = torch.arange(mine.shape[-1], device=mine.device)
     top, left, bottom, right = box.view(-1, 4, 1, 1).unbind(1)  # each [B, 1, 1]
     inside = (rows >= top) & (rows < bottom) & (cols >= left) & (cols < right)  # [B, H, W]
-    mixed = Targets(*(torch.where(inside, p, t) for p, t in zip(partner_targets, targets)))
-    return torch.where(inside.unsqueeze(1), partner_images, images), mixed
+    return torch.where(inside if mine.ndim == 3 else inside.unsqueeze(1), partner, mine)
 
 
 def supervised_loss(logits, y):
@@ -827,60 +832,61 @@ def supervised_loss(logits, y):
     return loss / (y != IGNORE).sum().clamp(min=1)  # never 0/0: a crop may hold no label at all
 
 
-def consistency_loss(logits, targets: Targets, conf: float = 0.95, weighting: str = "pixel"):
+def consistency_loss(logits, label, confidence, padding, conf=0.95, weighting="pixel"):
     """Cross-entropy against pseudo-labels, over all pixels that are not padding.
 
-    logits [B, N, H, W]. "pixel" keeps confident pixels only. "mean" and "share" keep all,
-    weighed by their image's mean confidence, or by its share of confident pixels. The divisor
-    counts kept and dropped pixels alike, so unsure images have a small say.
+    logits [B, N, H, W]; label, confidence, padding (bool) [B, H, W]. "pixel" keeps confident pixels
+    only. "mean" and "share" keep all, weighed by their image's mean confidence, or by its share of
+    confident pixels. The divisor counts kept and dropped pixels alike: unsure images say little.
 
-        >>> zero = torch.zeros(1, 2, 2)
-        >>> targets = Targets(zero.long(), zero + 1, zero > 0, zero.long())
-        >>> round(consistency_loss(torch.zeros(1, 2, 2, 2), targets).item(), 3)
+        >>> label = torch.zeros(1, 2, 2)
+        >>> loss = consistency_loss(torch.zeros(1, 2, 2, 2), label.long(), label + 1, label > 0)
+        >>> round(loss.item(), 3)  # log(2): two classes, equal logits
         0.693
     """
     if weighting not in ("pixel", "mean", "share"):
         raise ValueError(f"weighting {weighting!r}: take pixel, mean or share")
-    valid = ~targets.padding
-    loss = F.cross_entropy(logits, targets.label, reduction="none")  # [B, H, W]
-    weight = targets.confidence if weighting == "mean" else (targets.confidence >= conf).float()
+    valid = ~padding
+    loss = F.cross_entropy(logits, label, reduction="none")  # [B, H, W]
+    weight = confidence if weighting == "mean" else (confidence >= conf).float()  # [B, H, W]
     if weighting != "pixel":
         pixels = valid.sum((1, 2), keepdim=True).clamp(min=1)
         weight = (weight * valid).sum((1, 2), keepdim=True) / pixels  # [B, 1, 1]
     return torch.where(valid, loss * weight, 0).sum() / valid.sum().clamp(min=1)
 
 
-def guidance_loss(logits, targets: Targets):
-    """Cross-entropy of logits [B, N, H, W] against frozen CLIP's labels, divided by ALL pixels (as
-    the authors do; padding, too): where CLIP is rarely sure, it has little to say."""
-    loss = F.cross_entropy(logits, targets.guide, ignore_index=IGNORE, reduction="sum")
-    return loss / targets.guide.numel()
+def guidance_loss(logits, clip_label):
+    """Cross-entropy of logits [B, N, H, W] against frozen CLIP's labels [B, H, W], divided by ALL
+    pixels (as the authors do; padding, too): where CLIP is rarely sure, it has little to say."""
+    loss = F.cross_entropy(logits, clip_label, ignore_index=IGNORE, reduction="sum")
+    return loss / clip_label.numel()
 
 
-def semivl_loss(student, x, y, views, cfg: Config, guidance_weight: float) -> dict:
-    """One forward of the student -> scalars: "x", "s1", "s2", "fp" (w with feature perturbation),
-    "guide_s1", "guide_s2", "guide_fp", and their weighted sum "total".
+def semivl_loss(student, x, y, views: dict, cfg: Config, guidance_weight: float) -> dict:
+    """One forward of the student -> scalars: "x"; "s1", "s2", "fp"; "guidance_s1", "guidance_s2",
+    "guidance_fp"; and their weighted sum "total".
 
     UniMatch's weights: labelled and unlabelled count alike, fp as much as both strong views.
 
     Args:
         x, y: labelled images [B, 3, H, W] and masks [B, H, W].
-        views: [(s1, targets), (s2, targets), (w, targets)], B images each; the features of the
-            last one are perturbed. Empty without unlabelled images: total is L_x then.
+        views: {"s1": (s1, Targets), "s2": (s2, Targets), "fp": (w, Targets)}, in this order: the
+            last one's features are perturbed. B images each. {}: no unlabelled images, L_x alone.
     """
-    images = torch.cat([x] + [view for view, _ in views])
-    logits = student(images, perturb=len(x) if views else 0).split(len(x))  # [B, N, H, W] each
-    losses = {"x": supervised_loss(logits[0], y)}
+    images = torch.cat([x] + [view for view, _ in views.values()])  # [4 B, 3, H, W]
+    logits_x, *rest = student(images, perturb=len(x) if views else 0).split(len(x))
+    L_x, L, G = supervised_loss(logits_x, y), {}, {}
     if not views:
-        return losses | {"total": losses["x"]}
+        return dict(x=L_x, total=L_x)
 
-    for name, view_logits, (_, targets) in zip(("s1", "s2", "fp"), logits[1:], views):
-        losses[name] = consistency_loss(view_logits, targets, cfg.conf, cfg.weighting)
-        losses[f"guide_{name}"] = guidance_loss(view_logits, targets)
-    consistency = 0.25 * losses["s1"] + 0.25 * losses["s2"] + 0.5 * losses["fp"]
-    guide = 0.25 * losses["guide_s1"] + 0.25 * losses["guide_s2"] + 0.5 * losses["guide_fp"]
-    losses["total"] = (losses["x"] + consistency) / 2 + guidance_weight * guide
-    return losses
+    for (name, (_, t)), logits in zip(views.items(), rest):  # logits [B, N, H, W]
+        L[name] = consistency_loss(
+            logits, t.label, t.confidence, t.padding, cfg.conf, cfg.weighting)
+        G[name] = guidance_loss(logits, t.guidance)
+    consistency = 0.25 * L["s1"] + 0.25 * L["s2"] + 0.5 * L["fp"]
+    guidance = 0.25 * G["s1"] + 0.25 * G["s2"] + 0.5 * G["fp"]
+    total = (L_x + consistency) / 2 + guidance_weight * guidance
+    return dict(x=L_x, **L, **{f"guidance_{name}": G[name] for name in G}, total=total)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1004,8 +1010,8 @@ class Training:
         self.parallel = data_prep.parallel_model(self.student, device)  # in DDP under torchrun
         frozen = copy_trained(self.student.clip)  # CLIP as it is before the first step
         self.guidance = FrozenGuidance(
-            frozen, language.concepts, language.owner, cfg.guidance_conf).to(device)
-        each = torch.arange(len(language.names))
+            frozen, language.concepts, language.sizes, cfg.guidance_conf).to(device)
+        each = [1] * len(language.names)  # a name is the only concept of its class
         self.frozen_names = FrozenGuidance(frozen, language.names, each).to(device)  # to compare
         self.teacher = EMATeacher(self.student, cfg.ema)
         self.optimizer = make_optimizer(self.student, cfg)
@@ -1020,7 +1026,7 @@ class Training:
     def batches(self) -> DataLoader:
         """The batches from the present step to the last; of each, this process's share."""
         cfg, folder = self.cfg, self.folder
-        unlabelled = folder.unlabelled if cfg.unlabeled else []
+        unlabelled = folder.unlabelled if cfg.unlabelled else []
         length, (rank, processes) = self.steps * cfg.batch, data_prep.process()
         share = cfg.batch // processes
         mine = [i for i in range(self.step * cfg.batch, length) if i % cfg.batch // share == rank]
@@ -1038,25 +1044,28 @@ class Training:
         size = self.cfg.micro_batch
         return [slice(i, i + size) for i in range(0, len(data["x"]), size)]
 
-    def views(self, data: dict) -> list:
-        """What the student is to learn of unlabelled images: three pairs of images, uint8
-        [B, 3, H, W], and Targets: strong views s1 and s2 after CutMix, and the weak view w."""
+    def views(self, data: dict) -> dict:
+        """What the student is to learn of unlabelled images: "s1", "s2" (strong views after CutMix)
+        and "fp" (the weak view) -> a pair of images, uint8 [B, 3, H, W], and their Targets."""
         guidance = self.guidance if self.cfg.guidance else None
         with data_prep.autocast(self.cfg, self.device):
             parts = [make_targets(self.teacher, guidance, normalize(data["w"][chunk], self.cfg),
                                   data["padding"][chunk]) for chunk in self.micro_batches(data)]
         targets = Targets(*map(torch.cat, zip(*parts)))  # [B, H, W] each
-        # CutMix: image i's partner is image B - 1 - i of the batch (of all processes), so that each
-        # image is loaded and predicted once. The middle one of an odd batch is its own partner.
-        paste = targets.map(data_prep.mirrored)
-        s1, s2 = (cutmix(data[name], targets, data_prep.mirrored(data[name]), paste, data[box])
-                  for name, box in (("s1", "box1"), ("s2", "box2")))
-        return [s1, s2, (data["w"], targets)]
+
+        def mixed(name, box):
+            # Image i's partner is image B - 1 - i of the batch (of all processes), so that each
+            # image is loaded and predicted once. The middle one of an odd batch is its own partner.
+            def paste(mine):
+                return cutmix(mine, data_prep.mirrored(mine), data[box])
+            return paste(data[name]), targets.map(paste)
+
+        return {"s1": mixed("s1", "box1"), "s2": mixed("s2", "box2"), "fp": (data["w"], targets)}
 
     def train_step(self, batch: dict) -> dict:
         """One optimiser step on a batch of `batches` -> scalars for the log: the losses of
-        `semivl_loss`, "kept" and "guided" of `tally`. UserError, before any weight changes, if the
-        loss is not finite."""
+        `semivl_loss`, and which share of pixels has a confident pseudo-label ("kept"), a label of
+        frozen CLIP ("guided"). UserError, before any weight changes, if the loss is not finite."""
         cfg = self.cfg
         # CLIP knows what things are, but not where they end: as the student learns, CLIP falls
         # silent, or its mistakes would hold the student back.
@@ -1066,8 +1075,8 @@ class Training:
         data = self.to_device(batch)
 
         # 1. Teacher's pseudo-labels, frozen CLIP's labels, CutMix.
-        views = self.views(data) if cfg.unlabeled else []
-        log = self.tally(views[-1][1]) if views else {}
+        views = self.views(data) if cfg.unlabelled else {}
+        log = data_prep.tally(self, views["fp"][1]) if views else {}
 
         # 2. Student and losses, one micro-batch after another. Each loss is a mean over its own
         # micro-batch's pixels; the last backward pass averages gradients over processes.
@@ -1077,7 +1086,8 @@ class Training:
             # Seeded, so that a resumed run, or one of several processes, drops the same features.
             torch.manual_seed(cfg.seed * STREAM + STREAM // 2 + first + chunk.start)
             x, y = normalize(data["x"][chunk], cfg), data["y"][chunk].long()
-            part = [(normalize(view[chunk], cfg), t.map(lambda a: a[chunk])) for view, t in views]
+            part = {name: (normalize(view[chunk], cfg), t.map(lambda a: a[chunk]))
+                    for name, (view, t) in views.items()}
             with data_prep.in_step(self.parallel, chunk is chunks[-1]):
                 with data_prep.autocast(cfg, self.device):
                     losses = semivl_loss(self.parallel, x, y, part, cfg, guidance_weight)
@@ -1097,15 +1107,6 @@ class Training:
         self.step += 1
         return log
 
-    def tally(self, targets: Targets) -> dict:
-        """For the log: shares of unpadded pixels with confident pseudo-label, with guide label."""
-        kept = (targets.confidence >= self.cfg.conf) & ~targets.padding
-        accepted = targets.label[kept].bincount(minlength=len(self.accepted))
-        counts = torch.stack([(~targets.padding).sum(), (targets.guide != IGNORE).sum()])
-        accepted, (pixels, guided) = data_prep.total(accepted), data_prep.total(counts).tolist()
-        self.accepted += accepted
-        return dict(kept=float(accepted.sum()) / max(pixels, 1), guided=guided / max(pixels, 1))
-
     def miou(self, model, entries: list, title: str) -> float:
         """mIoU in percent of the teacher, the student or frozen CLIP."""
         return float(evaluate(model, self.folder, entries, self.cfg, self.device, title).nanmean())
@@ -1117,6 +1118,9 @@ class Training:
             student = self.miou(self.student.eval(), self.folder.val, "validation, student")
             self.student.train()
         return teacher, student
+
+
+THIS_FILE = sys.modules[__name__]  # data_prep.py calls back what stands above
 
 
 @data_prep.in_every_process
@@ -1141,9 +1145,9 @@ def train(cfg: Config, resume: dict | None = None) -> None:
               f"({len(few)} validation images)", flush=True)
 
     # for batch in run.batches(): run.train_step(batch); at times validate, save, draw
-    data_prep.run_to_end(METHOD, run)
+    data_prep.run_to_end(THIS_FILE, run)
     models = {"CLIP by names": run.frozen_names, "by definitions": run.guidance}
-    data_prep.report(METHOD, run, models | {"SemiVL": run.teacher})
+    data_prep.report(THIS_FILE, run, models | {"SemiVL": run.teacher})
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1157,7 +1161,7 @@ def main(argv=None) -> int:
         cfg = Config(**PRESETS.get(typed.get("dataset", "toy"), {}) | typed)
         if args.resume is not None:
             train(*data_prep.load_run(args.resume, Config, typed))
-        elif not data_prep.other_action(METHOD, args, typed, cfg):  # --eval, --predict, ...
+        elif not data_prep.other_action(THIS_FILE, args, typed, cfg):  # --eval, --predict, ...
             data_prep.check_settings(cfg)
             train(cfg)
     except KeyboardInterrupt:
