@@ -732,13 +732,14 @@ def clip_config(name: str) -> dict | None:
 def empty_clip(name: str) -> open_clip.CLIP:
     """The model of that name with random weights."""
     config = clip_config(name) if ":" not in name else None  # hf-hub:... would ask the network
-    if (not config or "hf_model_name" in config["text_cfg"]
+    if (not config or {"hf_model_name", "hf_tokenizer_name"} & set(config["text_cfg"])
             or set(config) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}):
         raise UserError(f"--clip {name}: not a plain CLIP that open_clip knows; take 'toy', or a "
                         "ViT of open_clip.list_models() such as ViT-B-16-quickgelu")
     clip = open_clip.CLIP(**config)
     vit, blocks = clip.visual, open_clip.transformer.ResidualAttentionBlock
     if (not isinstance(vit, open_clip.transformer.VisionTransformer) or vit.attn_pool
+            or vit.final_ln_after_pool
             or not all(type(block) is blocks for block in vit.transformer.resblocks)):
         raise UserError(f"--clip {name}: not a plain ViT; take one such as ViT-B-16-quickgelu")
     return clip
@@ -978,7 +979,7 @@ def load_checkpoint(method, file: str, typed: dict) -> tuple:
     teacher and its settings, the authors' (recognised by its names) tensors only. typed: the
     options on the command line, name -> value."""
     content = load_file(file)
-    free = ["dataset", "root", "stride", "window", "device", "out"]  # go with both kinds
+    free = ["dataset", "root", "stride", "window_mode", "device", "out"]  # go with both kinds
     weights = tensors_of(content.get("model", {}), file)
     if "config" in content and "text" in weights:
         allow_only(typed, file, *free)
@@ -1268,9 +1269,53 @@ class StopSignals:
         self.holding = dist.is_initialized()
 
 
+def training_data(cfg, classes: dict, resume: dict | None) -> Folder:
+    """The folder to train on, labelled images chosen, all of it looked at. resume: a last.pt."""
+    folder = open_data(cfg, classes)
+    folder.choose_labelled(cfg, resume and resume["labelled"])
+    folder.check(decode_all=cfg.dataset not in PUBLISHED)
+    if resume and list(resume["classes"].items()) != list(folder.classes.items()):
+        raise UserError(f"{folder.path}: the classes are not those that the run started with")
+    return folder
+
+
+def loader(pictures, start: int, cfg, device: torch.device):
+    """Batches of items start, start + 1, ... of a data set; of each batch, this process's share.
+
+    A generator: when it is closed, the processes that load end."""
+    rank, processes = process()
+    share = cfg.batch // processes
+    mine = [i for i in range(start, len(pictures)) if i % cfg.batch // share == rank]
+    yield from torch.utils.data.DataLoader(
+        pictures, share, sampler=mine, worker_init_fn=quiet_worker,
+        num_workers=loaders(cfg.workers), pin_memory=device.type == "cuda")
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The tensors of a batch, still bytes: a quarter of what floats would take to copy."""
+    return {k: v.to(device, non_blocking=True) for k, v in batch.items() if k != "files"}
+
+
 def loaders(asked: int) -> int:
     """How many loader processes to start: what is asked for, but not more than there are cores."""
     return min(asked, os.cpu_count() or 1)
+
+
+def mistakes_in_one_line(main):
+    """A decorator: main(argv) -> exit code. 2 and one line for a user's mistake, 130 for Ctrl-C."""
+    @functools.wraps(main)
+    def careful(argv=None) -> int:
+        keep_memory()
+        try:
+            main(argv)
+            return 0
+        except KeyboardInterrupt:
+            print("semivl.py: interrupted", file=sys.stderr)
+            return 130
+        except (UserError, OSError, MemoryError, RuntimeError) as error:
+            print(f"semivl.py: {explain(error)}", file=sys.stderr)
+            return 2
+    return careful
 
 
 def explain(error: Exception) -> str:
@@ -1361,7 +1406,7 @@ class RunLog:
         return self.run.cfg.batch * (1 + self.run.cfg.unlabelled) * self.timed / self.seconds
 
     def evaluation(self, line: dict) -> None:
-        """What `validate` says, with the means since the last time."""
+        """What an evaluation says, with the means since the last time."""
         means = {name: value / self.count for name, value in self.sums.items()} | line
         if self.timed:
             means["images_per_second"] = self.speed()
@@ -1370,6 +1415,71 @@ class RunLog:
                    f"{means.get('kept', 0):.2f}  validation mIoU {line['val_miou']:.1f} (student "
                    f"{line['student']:.1f}, best {line['best']:.1f})")
         self.restart()
+
+
+class Recorder:
+    """What a run leaves behind while it goes on: log, last.pt, best.pt, pictures. When the user or
+    the machine stops it (KeyboardInterrupt), it is saved as it is.
+
+        with Recorder(method, run) as recorder: ...
+    """
+
+    def __init__(self, method, run):
+        self.method, self.run = method, run
+        self.log, self.signals = RunLog(run), StopSignals()
+
+    def __enter__(self):
+        if not self.run.step:
+            save_run(self.run, "last.pt", resumable=True)  # a full disk is told now
+        self.log.__enter__()
+        self.signals.__enter__()
+        return self
+
+    def __exit__(self, error, *_):
+        try:
+            if error is KeyboardInterrupt:
+                save_run(self.run, "last.pt", resumable=True)
+                tqdm.write(f"stopped    after step {self.run.step}; go on by --resume "
+                           f"{self.run.cfg.out}")
+        finally:
+            self.signals.__exit__()
+            self.log.__exit__()
+
+    def uninterrupted(self):
+        """What stands in this block is finished before a signal has its way."""
+        return self.signals.held()
+
+    def step(self, line: dict) -> None:
+        """After each step, in an `uninterrupted` block with it. line: what `train_step` returns."""
+        self.log.step(line)
+        if self.run.step % self.run.cfg.save_every == 0:
+            save_run(self.run, "last.pt", resumable=True)
+
+    def miou(self, model, entries: list, title: str) -> float:
+        """mIoU of a model in percent."""
+        run = self.run
+        iou = self.method.evaluate(model, run.folder, entries, run.cfg, run.device, title)
+        return float(iou.nanmean())
+
+    def frozen_clip(self) -> None:
+        """Says what CLIP knows before the first step."""
+        run, few = self.run, self.run.folder.val[:100]
+        names, concepts = (self.miou(m, few, "frozen") for m in (run.frozen_names, run.guidance))
+        tqdm.write(f"frozen     CLIP has {names:.1f} mIoU by class names, {concepts:.1f} by "
+                   f"definitions ({len(few)} validation images)")
+
+    def evaluation(self, batch: dict | None) -> None:
+        """Validation mIoU of teacher and student (with ema 0 the same model); stores the run; draws
+        the views of the batch."""
+        run = self.run
+        teacher = student = self.miou(run.teacher, run.folder.val, "validation, teacher")
+        if run.cfg.ema:
+            student = self.miou(run.student.eval(), run.folder.val, "validation, student")
+            run.student.train()
+        with self.uninterrupted():
+            self.log.evaluation(record(run, teacher, student))
+            save_run(run, "last.pt", resumable=True)
+            draw_progress(self.method, run, batch)
 
 
 def duration(seconds: float) -> str:
@@ -1537,7 +1647,7 @@ def draw_progress(method, run, batch: dict | None) -> None:
     cfg, folder, classes = run.cfg, run.folder, list(run.folder.classes)
     views = None
     if cfg.unlabelled and batch is not None:  # by all processes: CutMix takes partners from others
-        data = run.to_device(batch)
+        data = to_device(batch, run.device)
         views = {name: (image.cpu(), targets.map(torch.Tensor.cpu))
                  for name, (image, targets) in run.views(data).items()}
     if process()[0]:
@@ -1550,7 +1660,7 @@ def draw_progress(method, run, batch: dict | None) -> None:
             (run.frozen_names, run.guidance, run.student.eval(), run.teacher))
         run.student.train()
         teacher = scores.argmax(0)
-        if cfg.window == "logits":
+        if cfg.window_mode == "logits":
             scores = scores.softmax(0)
         rows.append([image, folder.mask(entry), names.argmax(0), concepts.argmax(0),
                      (teacher, scores.amax(0) < cfg.conf), student.argmax(0), teacher])
@@ -1565,12 +1675,13 @@ def draw_progress(method, run, batch: dict | None) -> None:
             unsure = targets.padding[i] | (targets.confidence[i] < cfg.conf)
             return (targets.label[i].masked_fill(targets.padding[i], IGNORE), unsure)
 
-        rows = [[x[i], y[i], w[i], target(own, i), own.guidance[i], s1[i], target(one, i),
-                 one.guidance[i], s2[i], target(two, i)] for i in range(min(6, len(w)))]
+        rows = [[x[i], y[i], w[i], target(own, i), own.clip_label[i], s1[i], target(one, i),
+                 one.clip_label[i], s2[i], target(two, i)] for i in range(min(6, len(w)))]
         titles = ["labelled x", "mask y", "weak view w", "pseudo-label", "frozen CLIP",
                   "strong view s1", "its label", "its frozen CLIP", "strong view s2", "its label"]
         contact_sheet(f"{cfg.out}/views.png", titles, rows, classes, side=130)
-        i = int(((data["box1"][:, 2:] - data["box1"][:, :2]).prod(1)).argmax())  # the largest box
+        areas = [(data[box][:, 2:] - data[box][:, :2]).prod(1) for box in ("box1", "box2")]
+        i = int((areas[0] * areas[1] + areas[0]).argmax())  # large boxes in both views, if any
         images = torch.stack([x[i], s1[i], s2[i], w[i]]).to(run.device)
         with torch.no_grad(), torch.random.fork_rng(), autocast(cfg, run.device):
             torch.manual_seed(0)
@@ -1580,16 +1691,16 @@ def draw_progress(method, run, batch: dict | None) -> None:
             ("labelled x", x[i], "STUDENT", said[0], [("its mask", y[i])], "L_x"),
             ("weak view w", w[i], "EMA TEACHER", target(own, i), [],
              "pseudo-label; unsure: hatched"),
-            ("weak view w", w[i], "FROZEN CLIP", own.guidance[i], [],
+            ("weak view w", w[i], "FROZEN CLIP", own.clip_label[i], [],
              "guidance label; unsure: white"),
             ("strong view s1", s1[i], "STUDENT", said[1],
-             [("mixed pseudo-label", target(one, i)), ("mixed guidance", one.guidance[i])],
+             [("mixed pseudo-label", target(one, i)), ("mixed guidance", one.clip_label[i])],
              "L_s1, G_s1"),
             ("strong view s2", s2[i], "STUDENT", said[2],
-             [("mixed pseudo-label", target(two, i)), ("mixed guidance", two.guidance[i])],
+             [("mixed pseudo-label", target(two, i)), ("mixed guidance", two.clip_label[i])],
              "L_s2, G_s2"),
             ("w, features dropped", w[i], "STUDENT", said[3],
-             [("pseudo-label", target(own, i)), ("guidance", own.guidance[i])], "L_fp, G_fp")])
+             [("pseudo-label", target(own, i)), ("guidance", own.clip_label[i])], "L_fp, G_fp")])
     draw_curves(Path(cfg.out) / "log.jsonl", Path(cfg.out) / "curves.png")
 
 
@@ -1960,38 +2071,10 @@ def tally(run, targets) -> dict:
     label ("guided"). Counts the former for each class in run.accepted."""
     kept = (targets.confidence >= run.cfg.conf) & ~targets.padding
     accepted = total(targets.label[kept].bincount(minlength=len(run.accepted)))
-    counts = torch.stack([(~targets.padding).sum(), (targets.guidance != IGNORE).sum()])
+    counts = torch.stack([(~targets.padding).sum(), (targets.clip_label != IGNORE).sum()])
     run.accepted += accepted
     pixels, guided = total(counts).tolist()
     return dict(kept=float(accepted.sum()) / max(pixels, 1), guided=guided / max(pixels, 1))
-
-
-def run_to_end(method, run) -> None:
-    """Steps and evaluations from the present step to the last, whatever signals come."""
-    every = math.ceil(run.steps / run.cfg.evals)  # steps between evaluations
-    batches, batch = iter(run.batches()), None
-    with RunLog(run) as log, StopSignals() as stop:
-        try:
-            while run.evaluated < run.steps:
-                # A run that was stopped while it evaluated does so first when it is resumed.
-                if run.evaluated < run.step and (run.step % every == 0 or run.step == run.steps):
-                    scores = run.validate()
-                    with stop.held():  # what stands here is finished before a signal has its way
-                        log.evaluation(record(run, *scores))
-                        save_run(run, "last.pt", resumable=True)
-                        draw_progress(method, run, batch)
-                else:
-                    batch = next(batches)
-                    with stop.held():
-                        log.step(run.train_step(batch))
-                        if run.step % run.cfg.save_every == 0:
-                            save_run(run, "last.pt", resumable=True)
-        except KeyboardInterrupt:
-            save_run(run, "last.pt", resumable=True)
-            tqdm.write(f"stopped    after step {run.step}; go on by --resume {run.cfg.out}")
-            raise
-        finally:
-            del batches  # and with it the loader processes, whatever has happened
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2138,7 +2221,7 @@ def measure(method, cfg) -> dict:
             rest = totals[-1] - sum(watch.seconds.values())
             phases.append(watch.seconds | {"losses, CutMix, rest": rest})
     memory = peak_memory(run.device)
-    window, image = dataclasses.replace(cfg, fit=False, window="logits"), batch["x"][0]
+    window, image = dataclasses.replace(cfg, fit=False, window_mode="logits"), batch["x"][0]
     method.segment(run.teacher, image, window, run.device)
     begin = watch.now()
     method.segment(run.teacher, image, window, run.device)
@@ -2187,7 +2270,7 @@ def saved_bytes(method, cfg) -> tuple[int, int]:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), \
                 autocast(cfg, torch.device("cpu")):
             views = dict.fromkeys(("s1", "s2", "fp"), (images, targets))
-            method.semivl_loss(student, images, label, views, cfg, 0.1)
+            method.semivl_loss(student, images, label, views, 0.1)
         for p in student.parameters():  # weights, and views of them, are counted by themselves
             for tensor in (p, p.detach()):  # in this mode the latter has a storage of its own
                 kept.pop(tensor.untyped_storage()._cdata, None)

@@ -2,26 +2,28 @@
 
 Paper: Hoyer, Tan, Naeem, Van Gool, Tombari, "SemiVL", ECCV 2024, arXiv 2311.16241.
 
-A few images with masks, many without, and a CLIP that has read the names of the classes:
+A few images with masks, many without, and a CLIP that knows what words look like:
 
     labelled image x, mask y                      unlabelled image
               |                     /                    |                  \\
        scale, crop, flip        weak view w       strong view s1       strong view s2
               |                 |    |    |              |                    |
-              |      EMA TEACHER  FROZEN CLIP |     CutMix of views and of their targets
-              |       pseudo-label   label    |          |                    |
+              |      EMA TEACHER  FROZEN CLIP |    CutMix, of the views and of the targets
+              |            |          |       |          |                    |
+              |            +- targets-+       |          |                    |
               v                               v          v                    v
        STUDENT(x)          STUDENT(w, features dropped)  STUDENT(s1)          STUDENT(s2)
               |                               |          |                    |
-       cross-entropy(y)       cross-entropy with the teacher's and with frozen CLIP's labels
+       cross-entropy with y     cross-entropy with the targets: the teacher's pseudo-labels,
+                                and what frozen CLIP takes each pixel for
 
-    Teacher and frozen CLIP make the targets of w, s1 and s2. The three networks begin as one ViT;
-    what never trains exists once in memory. The published method has no EMA teacher (`--ema 0`: the
+    The three networks begin as one ViT. The published method has no EMA teacher (`--ema 0`: the
     student teaches itself); section 12 lists this and every other detail that matters.
 
     python semivl.py                                       the built-in toy world: minutes, a CPU
     python semivl.py --dataset FOLDER --labels 8           your own pictures (README.md)
-    python semivl.py --dataset voc --labels 92             the published protocol
+    python semivl.py --dataset voc --labels 92             the published data, schedule and test;
+                                 --ema 0 --authors-clip on  nearest to the published method, too
     python semivl.py --eval CKPT, --predict CKPT a.png     IoU per class; masks of pictures
     python semivl.py --ladder                              what each idea buys, in the toy world
 
@@ -35,6 +37,7 @@ import copy
 import dataclasses
 import math
 import sys
+from contextlib import closing
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -44,7 +47,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 from tqdm import tqdm
@@ -92,7 +95,7 @@ class Config:
     ema: float = setting("method", 0.996, "decay of the teacher; 0: the student itself", high=1)
 
     steps: int = setting("training", 0, "optimiser steps; 0: by epochs")
-    epochs: int = setting("training", 80, "or length in passes over unlabelled images", low=1)
+    epochs: int = setting("training", 80, "or by passes over the unlabelled images", low=1)
     batch: int = setting("training", 8, "labelled images a step, and as many unlabelled", low=1)
     micro_batch: int = setting("training", 2, "of these at a time; gradients are averaged", low=1)
     lr: float = setting("training", 1e-3, "learning rate of the decoder")
@@ -104,8 +107,8 @@ class Config:
                              choices=("auto", "fp32", "bf16"))
     recompute: bool = setting("training", False, "decoder keeps less memory, takes more time")
 
-    window: str = setting("evaluation", "logits", "what to average of overlapping windows",
-                          choices=("logits", "probabilities"))
+    window_mode: str = setting("evaluation", "logits", "what is averaged where windows overlap",
+                               choices=("logits", "probabilities"))
     stride: int = setting("evaluation", 0, "step of the window, pixels; 0: 5/6 of the crop")
 
     out: str = setting("run", "", "folder of the run; '': runs/DATASET-LABELS, numbered")
@@ -118,14 +121,15 @@ class Config:
 PRESETS = {
     "toy": dict(
         dataset="toy", labels=4, crop=64, fit=False, scale_min=0.8, scale_max=1.25, workers=0,
-        clip="toy", conf=0.9, guidance=1.0, ema=0.98, steps=240, batch=4, micro_batch=4, lr=1e-3,
+        clip="toy", conf=0.9, guidance=1.0, ema=0.98, steps=240, batch=4, micro_batch=4,
         vit_lr=1e-4, evals=2),
     "voc": dict(),
     "coco": dict(labels=232, fit=False, epochs=10, micro_batch=1, lr=4e-3, vit_lr=4e-7),
     "ade20k": dict(labels=158, epochs=40, micro_batch=1, lr=4e-3, vit_lr=4e-7),
     "cityscapes": dict(
         labels=100, fit=False, crop=801, steps=240 * 349, micro_batch=1, lr=5e-4, vit_lr=5e-6,
-        conv_skip=True, decoder_text="mean", weighting="mean", window="probabilities", stride=534),
+        conv_skip=True, decoder_text="mean", weighting="mean", window_mode="probabilities",
+        stride=534),
 }  # 349 steps: an epoch of the 186 split, whatever --labels is; 534: two thirds of the crop
 
 # All chance is a function of (seed, position in the run), so that a resumed run repeats it. Seeds
@@ -149,8 +153,8 @@ CLASSES = data_prep.CLASSES  # data set -> class, in the order of mask values ->
 @torch.no_grad()
 def encode_text(clip: open_clip.CLIP, names: list[str]) -> torch.Tensor:
     """Names -> CLIP's text embeddings of "a photo of a NAME", [len(names), E], not normalised."""
-    prompts = [f"a photo of a {name}" for name in names]
-    return clip.eval().encode_text(open_clip.tokenize(prompts, clip.context_length)).float()
+    tokens = open_clip.tokenize([f"a photo of a {name}" for name in names], clip.context_length)
+    return clip.eval().encode_text(tokens.to(clip.token_embedding.weight.device)).float()
 
 
 class Language(NamedTuple):
@@ -185,8 +189,8 @@ def describe_classes(clip, classes: dict[str, list[str]], cfg: Config) -> Langua
 # what the text was trained against. Skipping that attention (MaskCLIP's "value path") lets each
 # patch speak for itself. This works: what the class token gathers is a mean of the patches'
 # VALUES, so the projection to the text's space has been trained on such things. The price is the
-# context that this last attention would have brought. The decoder's skip maps are value
-# paths too: early blocks still know where exactly things end.
+# context that this last attention would have brought. The decoder's skip maps come from early
+# blocks, which still know where exactly things end, and are value paths, too.
 
 # Mean and standard deviation of images. CLIP was trained with its own; the authors feed it images
 # normalised with ImageNet's (`authors_clip`). The ResNet of `conv_skip` wants ImageNet's: images
@@ -203,7 +207,8 @@ class QuickGELU(nn.Module):
 
 def transformer_block(block: nn.Module, x: torch.Tensor, attend=True, linear=F.linear):
     """A pre-norm block of open_clip's ViT on tokens [B, T, D]. Without `attend` it is the value
-    path: each token looks at itself only, so of query, key and value the value is all it needs."""
+    path: each token looks at itself only, so of query, key and value the value is all it needs.
+    linear: or something faster that computes the same."""
     attn, mlp, D = block.attn, block.mlp, x.shape[-1]
     weight, bias, y = attn.in_proj_weight, attn.in_proj_bias, block.ln_1(x)
     if attend:
@@ -229,15 +234,16 @@ def resize_position(position: torch.Tensor, old: tuple, new: tuple) -> torch.Ten
 
 
 class DenseCLIP(nn.Module):
-    """The visual tower of any open_clip ViT, turned into a per-patch image encoder.
+    """The visual tower of a plain open_clip ViT, turned into a per-patch image encoder.
 
     Args:
         visual: open_clip's VisionTransformer (`open_clip.create_model(...).visual`).
-        grid: (h, w) that the position embedding is resized to, once, and trained at; any other
-            image size interpolates from it in each forward.
+        grid: (h, w) that the position embedding is resized to, once, and trained at; an image of
+            any other size interpolates from it in each forward.
         authors: exact GELU and LayerNorm eps 1e-6, which the authors' weights were trained with;
             OpenAI's CLIP has QuickGELU and 1e-5.
         statistics: (mean, std) that images, coming with ImageNet's, are re-normalised to.
+        linear: see `transformer_block`.
     `visual` itself is changed (position embedding, and with `authors` GELU and eps).
 
         >>> vit = open_clip.create_model("ViT-B-16-quickgelu").visual  # pretrained="openai"
@@ -246,14 +252,14 @@ class DenseCLIP(nn.Module):
         (torch.Size([1, 512, 4, 6]), torch.Size([1, 768, 4, 6]))
     """
 
-    def __init__(self, visual, grid=None, authors=False, statistics=None):
+    def __init__(self, visual, grid=None, authors=False, statistics=None, linear=F.linear):
         super().__init__()
         plain = isinstance(visual, open_clip.transformer.VisionTransformer) and all(
             type(block) is open_clip.transformer.ResidualAttentionBlock
             for block in visual.transformer.resblocks)
-        if not plain or visual.attn_pool or visual.grid_size[0] ** 2 + 1 != len(
-                visual.positional_embedding):
-            raise ValueError("DenseCLIP needs a plain, unwrapped ViT of open_clip, as ViT-B-16")
+        if not plain or visual.attn_pool or visual.final_ln_after_pool or (
+                math.prod(visual.grid_size) + 1 != len(visual.positional_embedding)):
+            raise ValueError("DenseCLIP needs a plain ViT of open_clip that no other has wrapped")
         self.visual = visual
         self.patch = visual.conv1.kernel_size[0]
         depth = len(visual.transformer.resblocks)
@@ -268,13 +274,13 @@ class DenseCLIP(nn.Module):
                 module.eps = 1e-6
             if isinstance(getattr(module, "gelu", None), open_clip.transformer.QuickGELU):
                 module.gelu = nn.GELU() if authors else QuickGELU()
-        self.statistics = statistics
-        self.linear = F.linear  # or something faster that computes the same
+        self.statistics, self.linear = statistics, linear
 
     def encode(self, images: torch.Tensor, last_attention: bool = False):
         """[B, 3, H, W] -> tokens in the joint space [B, T, E], the same as a map [B, E, h, w], and
         the skip maps [B, D, h, w]. The last block's attention is skipped unless asked for: then
-        the first token is CLIP's embedding of the image, a check that all weights are in place."""
+        the first token (the mean of the others, if CLIP pools so) is CLIP's embedding of the image,
+        a check that all weights are in place."""
         vit, P = self.visual, self.patch
         if self.statistics:
             mean, std = IMAGENET_STATS
@@ -295,10 +301,10 @@ class DenseCLIP(nn.Module):
         maps = {}
         for i, block in enumerate(vit.transformer.resblocks):
             if i in self.skip_blocks:
-                value = transformer_block(block, x, False, self.linear)
+                value = transformer_block(block, x, attend=False, linear=self.linear)
                 maps[i] = to_map(value)  # beside the block's own output, which goes on below
             last = i + 1 == len(vit.transformer.resblocks)
-            x = transformer_block(block, x, last_attention or not last, self.linear)
+            x = transformer_block(block, x, attend=last_attention or not last, linear=self.linear)
         x = vit.ln_post(x) @ vit.proj  # [B, T, E]
         return x, to_map(x), [maps[i] for i in self.skip_blocks]
 
@@ -311,7 +317,7 @@ class DenseCLIP(nn.Module):
 
 # ----------------------------------------------------------------------------------------------
 # 4. Which weights may learn, so that CLIP does not forget? (paper: Spatial Fine-Tuning)
-# In: a DenseCLIP. Out: the same, requires_grad set. Before the optimiser and copy_trained.
+# In: a DenseCLIP. Out: the same, requires_grad set. Call it before making optimiser and twins.
 # What CLIP lacks is local, spatial reasoning, which lives in attention. What it knows lives in
 # the MLPs. So attention and the position embedding train, the rest stays as it was.
 
@@ -330,8 +336,9 @@ def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
 def copy_trained(module: nn.Module) -> nn.Module:
     """A frozen twin with its own copy of the parameters that train, and the very same frozen ones.
 
-    Teacher and guidance keep old values of what trains; the frozen two thirds never change. Trap:
-    loading weights into a twin overwrites what it shares."""
+    Teacher and guidance keep old values of what trains; the frozen two thirds never change, and
+    exist once in memory. Traps: weights loaded into a twin overwrite what it shares; a parameter
+    that begins to train later is still shared."""
     # deepcopy takes what `memo` already holds for an object instead of copying it.
     shared = {id(p): p for p in module.parameters() if not p.requires_grad}
     return copy.deepcopy(module, memo=shared).requires_grad_(False).eval()
@@ -339,14 +346,31 @@ def copy_trained(module: nn.Module) -> nn.Module:
 
 # ----------------------------------------------------------------------------------------------
 # 5. Language-guided decoder: how does "how similar is this patch to the text" become a mask?
-# (Paper: Language-Guided Decoder.) In: dense, skips, text [N, E]. Out: logits [B, N, 4h, 4w].
+# (Paper: Language-Guided Decoder.)
 # A usual decoder ends in N filters, each learned from the few masks that show its class. Here every
 # class is an item of a batch: B*N maps of one channel, the similarity to its text. The same weights
 # clean the map of whatever class they are given, so they learn from all classes and take any number
 # of them; the price is N times the convolutions. Sizes and align_corners are the authors'.
+#
+#     dense [B, E, h, w], text [N, E]
+#     -> cosine_maps               [B, N, h, w]
+#     -> spatial reasoning         [B, N, C, h, w]    each class alone: 7 x 7 conv, ASPP
+#     -> semantic reasoning, twice [B, N, C, h, w]    each place alone: the classes see each other
+#     -> two UpStages, with skips  [B, N, 32, 4h, 4w] each class alone
+#     -> head                      [B, N, 4h, 4w]     logits
 
 C = 128  # channels of a class's map
 MAPS_AT_ONCE = 32  # of the B*N; more are not faster, but take more memory
+
+
+def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """How similar is each place to each text? dense [B, E, h, w], text [N, E] -> [B, N, h, w].
+
+    Both sides are normalised here, dense a second time: feature dropout changes its length. float32
+    even under autocast: bf16 knows cosines to 0.002 only, and guidance multiplies them by 100."""
+    with torch.autocast(dense.device.type, enabled=False):
+        dense, text = F.normalize(dense.float(), dim=1), F.normalize(text.float(), dim=1)
+        return torch.einsum("behw,ne->bnhw", dense, text)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -358,7 +382,8 @@ def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=group_norm):
     """Convolution that keeps the size, without bias (the norm has one), norm, ReLU."""
     pad = dilation * (kernel // 2)
     conv = nn.Conv2d(c_in, c_out, kernel, padding=pad, dilation=dilation, bias=False)
-    return nn.Sequential(conv, norm(c_out), nn.ReLU(inplace=True))  # norms keep their input only
+    # In place is safe: the backward pass of a norm needs its input, not its output.
+    return nn.Sequential(conv, norm(c_out), nn.ReLU(inplace=True))
 
 
 def conv_by_parts(conv: nn.Conv2d, parts: list) -> list:
@@ -390,8 +415,8 @@ class ASPP(nn.Module):
 class SemanticReasoning(nn.Module):
     """Classes against each other: at each place a transformer layer whose tokens are the classes.
 
-    x [B, N, C, h, w], text [N, C] -> [B, N, C, h, w]. A "boat" on what "road" claims is unlikely;
-    the text tells the layer which class each token is, without a weight that belongs to one."""
+    x [B, N, C, h, w], text [N, C] -> [B, N, C, h, w]. Where "road" is sure, "boat" is unlikely. The
+    text tells the layer which class each token is, without a weight that belongs to one."""
 
     def __init__(self):
         super().__init__()
@@ -402,26 +427,16 @@ class SemanticReasoning(nn.Module):
     def forward(self, x, text):
         B, N, _, h, w = x.shape
         maps = x.flatten(0, 1)  # [B*N, C, h, w]
-        # Relations are coarse: 4 x 4 patches share one. h' = h // 4, w' = w // 4, at least 1; what
-        # does not fill a square of four is left out, and the rest stretched over it, as published.
+        # Relations are coarse: of means over 4 x 4 patches, h' = h // 4, w' = w // 4, at least 1. A
+        # remainder at the edge is left out, and the result resized to h x w, as published.
         pooled = F.avg_pool2d(maps, (min(4, h), min(4, w)))  # [B*N, C, h', w']
         size = pooled.shape[2:]
         tokens = pooled.unflatten(0, (B, N)).permute(0, 3, 4, 1, 2).flatten(0, 2)  # [B*h'*w', N, C]
-        text = text.expand(len(tokens), -1, -1)  # [B*h'*w', N, C], context: see [..., :C] below
+        text = text.expand(len(tokens), -1, -1)  # [B*h'*w', N, C]; input only, see [..., :C]
         tokens = self.layer(torch.cat([tokens, text], dim=2))[..., :C]  # [B*h'*w', N, C]
         pooled = tokens.unflatten(0, (B, *size)).permute(0, 3, 4, 1, 2)  # [B, N, C, h', w']
         refined = F.interpolate(pooled.flatten(0, 1), (h, w), mode="bilinear", align_corners=True)
-        return x + refined.unflatten(0, (B, N))
-
-
-def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """How similar is each place to each text? dense [B, E, h, w], text [N, E] -> [B, N, h, w].
-
-    Both sides are normalised here, dense a second time: feature dropout changes its length. float32
-    even under autocast: bf16 knows cosines to 0.002 only, and guidance multiplies them by 100."""
-    with torch.autocast(dense.device.type, enabled=False):
-        dense, text = F.normalize(dense.float(), dim=1), F.normalize(text.float(), dim=1)
-        return torch.einsum("behw,ne->bnhw", dense, text)
+        return x + refined.unflatten(0, (B, N))  # beside the layer's own residual, as published
 
 
 class UpStage(nn.Module):
@@ -436,9 +451,9 @@ class UpStage(nn.Module):
 
     def forward(self, x, skip):
         x = self.up(x)  # [B*N, c_in - c_skip, 2a, 2b]
-        skip = F.interpolate(skip, x.shape[2:], mode="bilinear", align_corners=True)  # of 2a x 2b
+        skip = F.interpolate(skip, x.shape[2:], mode="bilinear", align_corners=True)  # 2a x 2b
         (conv, norm, relu), second = self.convs
-        x, skip = conv_by_parts(conv, [x, skip])  # of the skip once per image and group of classes
+        x, skip = conv_by_parts(conv, [x, skip])  # the skip's part once, for all the classes here
         x = x.unflatten(0, (len(skip), -1)) + skip.unsqueeze(1)  # [B, N, c_out, 2a, 2b]
         return second(relu(norm(x.flatten(0, 1))))
 
@@ -492,9 +507,9 @@ class LanguageGuidedDecoder(nn.Module):
         return self.head(x).view(B, N, *x.shape[2:])
 
     def by_classes(self, function, x, *shared):
-        """function(x, *shared), group after group of the classes of x [B, N, ...]: 150 classes then
-        need little more memory at a time than 21. With `recompute` the backward pass needs no more
-        either: it computes a group anew instead of having kept all that is inside."""
+        """function(x, *shared), group after group of the classes of x [B, N, ...] (N is a group's
+        size in there). Without gradients 150 classes then need little more memory than 21; with
+        them only if `recompute`: backward computes a group anew, instead of all being kept."""
         if self.recompute and torch.is_grad_enabled():
             function = partial(checkpoint, function, use_reentrant=False)
         parts = x.split(max(1, MAPS_AT_ONCE // len(x)), dim=1)
@@ -512,8 +527,8 @@ class LanguageGuidedDecoder(nn.Module):
 class VisionDecoder(nn.Module):
     """The baseline without language: DeepLabV3+ on the same ViT, as in UniMatch.
 
-    Same arguments as the language-guided decoder's forward (the text is not looked at), but the
-    last layer has N fixed outputs, learned from the few labels alone. Logits [B, N, h, w]."""
+    Same arguments as the language-guided decoder's forward (the text is not looked at; of the skips
+    the deep one is, as published), but the last layer has N fixed outputs. Logits [B, N, h, w]."""
 
     def __init__(self, embed_dim: int, skip_dim: int, classes: int, width: int = 64):
         super().__init__()
@@ -555,7 +570,8 @@ class SemiVL(nn.Module):
         """[B, 3, H, W], normalised -> logits [B, N, H, W].
 
         The last `perturb` images of the batch get feature perturbation: half of the channels of
-        the dense embedding and of each skip map are dropped, as whole maps (UniMatch)."""
+        the dense embedding and of each skip map are dropped, as whole maps, and the others doubled
+        (UniMatch)."""
         dense, (shallow, deep) = self.clip(images)
         if self.conv is not None:
             shallow = self.conv(images)[-1]  # timm gives a list
@@ -565,7 +581,8 @@ class SemiVL(nn.Module):
                         for f in features]
         dense, *skips = features
         logits = self.decoder(dense, skips, self.text)
-        # The zero-padded frame is squeezed, not cut: the authors' weights are used to it.
+        # Logits cover the image as `encode` padded it. Resizing squeezes them a little, where one
+        # would cut: the authors' weights are used to it.
         size = images.shape[2:]
         return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
 
@@ -575,7 +592,8 @@ class FrozenGuidance(nn.Module):
 
     It has never seen a mask, but it does not drift: its labels keep the student from confirming its
     own mistakes where the few labelled images say nothing. Traps: without the scale of 100 softmax
-    of cosines is flat, and no threshold means anything; a class of many concepts wins more often.
+    of cosines is flat, and no threshold means anything; a class of many concepts wins more often
+    (the published definitions are made with that in mind, yours should be).
 
     Args:
         clip: a DenseCLIP that nobody trains (see `copy_trained`).
@@ -586,11 +604,8 @@ class FrozenGuidance(nn.Module):
 
     def __init__(self, clip: DenseCLIP, concepts, sizes: list[int], conf=0.9):
         super().__init__()
-        self.clip, self.conf = clip, conf
+        self.clip, self.sizes, self.conf = clip, sizes, conf
         self.register_buffer("concepts", concepts)
-        self.sizes = sizes
-        if min(sizes) < 1 or sum(sizes) != len(concepts):
-            raise ValueError(f"sizes {sizes}: {len(concepts)} concepts, at least one a class")
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -633,22 +648,23 @@ class EMATeacher:
 
         The decay grows from 0, so that the random initial decoder is forgotten at once."""
         decay = min(1 - 1 / (step + 1), self.decay)
-        for mine, theirs in zip(self.model.parameters(), student.parameters()):
+        for mine, theirs in zip(self.model.parameters(), student.parameters(), strict=True):
             if theirs.requires_grad:
                 mine.lerp_(theirs, 1 - decay)
-        for mine, theirs in zip(self.model.buffers(), student.buffers()):
+        for mine, theirs in zip(self.model.buffers(), student.buffers(), strict=True):
             mine.copy_(theirs)  # batch-norm statistics are moving averages already
 
 
 def assemble(cfg: Config, visual, text: torch.Tensor, conv_weights: str = "none") -> SemiVL:
-    """The model that the settings describe, around a visual tower and the classes' text [N, E]."""
+    """The model that the settings describe, around a visual tower and the classes' text [N, E].
+
+    conv_weights: as the setting; "none" where a checkpoint is about to fill them."""
     # 801 // 16 = 50, though a padded crop has 51 patches a side: the authors' weights hold 50 x 50.
     side = cfg.crop // visual.conv1.kernel_size[0]
     if not side:
         raise UserError(f"--crop {cfg.crop}: smaller than a patch of --clip {cfg.clip}")
     own = data_prep.clip_statistics(cfg.clip, cfg.clip_tag) if cfg.conv_skip else None
-    clip = DenseCLIP(visual, (side, side), cfg.authors_clip, own)
-    clip.linear = data_prep.linear  # the same, faster on a CPU
+    clip = DenseCLIP(visual, (side, side), cfg.authors_clip, own, data_prep.linear)
     spatial_fine_tuning(clip, cfg.finetune)
     E, D = clip.embed_dim, clip.width
     if cfg.decoder == "vision":
@@ -681,9 +697,9 @@ def scaled_size(height: int, width: int, scale: float) -> list[int]:
 def random_size(height: int, width: int, cfg: Config) -> list[int]:
     """A random size for an image, keeping its aspect; r is uniform in [scale_min, scale_max].
 
-    With `fit`, as large as goes into (4 crop r) x (crop r), long and short side (2048 r x 512 r as
-    published): at r = 1, 500 x 375 becomes 683 x 512. Otherwise the long side becomes r times
-    itself."""
+    With `fit` the largest whose long side is at most 4 crop r and whose short side at most crop r
+    (2048 r, 512 r as published): at r = 1, 500 x 375 becomes 683 x 512. Otherwise the long side
+    becomes r times itself."""
     long, short = max(height, width), min(height, width)
     if cfg.fit:
         r = float(torch.empty(()).uniform_(cfg.scale_min, cfg.scale_max))
@@ -709,7 +725,7 @@ def scale_crop_flip(image: torch.Tensor, mask: torch.Tensor, cfg: Config):
     return image, mask[0]
 
 
-strong_view = v2.Compose([  # UniMatch's numbers; kernel: 3 of the largest sigma a side
+strong_view = v2.Compose([  # UniMatch's numbers; 13: 6 pixels, 3 sigma, to each side
     v2.RandomApply([v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)], 0.8),
     v2.RandomGrayscale(0.2),
     v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], 0.5),
@@ -782,9 +798,10 @@ class TrainingPictures(Dataset):
 # Nobody knows the mask, but the answer must not depend on the colours. The teacher labels the weak
 # view: argmax is the pseudo-label, its probability the confidence. The student must say the same of
 # harder versions: recoloured with a box of another image pasted in (s1, s2: a thing must be known
-# without its surroundings), and with half of its feature channels gone (fp). The trap is
-# confirmation bias: a wrong pseudo-label is learned like a right one. So only confident pixels
-# count (at first hardly any do, and these losses are near 0), and frozen CLIP has its say.
+# without its surroundings), and w itself with half of its feature channels gone (fp, "feature
+# perturbation"). The trap is confirmation bias: a wrong pseudo-label is learned like a right one.
+# So only confident pixels count (at first hardly any: these losses begin near 0), and frozen CLIP
+# corrects them.
 
 class Targets(NamedTuple):
     """What the unlabelled images are taught, per pixel; all [B, H, W]. They travel together."""
@@ -792,7 +809,7 @@ class Targets(NamedTuple):
     label: torch.Tensor  # int64, pseudo-label of the teacher
     confidence: torch.Tensor  # float32, its probability
     padding: torch.Tensor  # bool, True where there is no image
-    guidance: torch.Tensor  # int64, label of frozen CLIP, or IGNORE
+    clip_label: torch.Tensor  # int64, what frozen CLIP takes it for, or IGNORE
 
     def map(self, change) -> "Targets":
         """The same change to each of the four."""
@@ -827,7 +844,7 @@ def cutmix(mine: torch.Tensor, partner: torch.Tensor, box: torch.Tensor) -> torc
 
 
 def supervised_loss(logits, y):
-    """Cross-entropy of logits [B, N, H, W] and masks y [B, H, W], mean over labelled pixels."""
+    """Cross-entropy of logits [B, N, H, W] and masks y, int64 [B, H, W]; mean of known pixels."""
     loss = F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="sum")
     return loss / (y != IGNORE).sum().clamp(min=1)  # never 0/0: a crop may hold no label at all
 
@@ -835,18 +852,18 @@ def supervised_loss(logits, y):
 def consistency_loss(logits, label, confidence, padding, conf=0.95, weighting="pixel"):
     """Cross-entropy against pseudo-labels, over all pixels that are not padding.
 
-    logits [B, N, H, W]; label, confidence, padding (bool) [B, H, W]. "pixel" keeps confident pixels
-    only. "mean" and "share" keep all, weighed by their image's mean confidence, or by its share of
-    confident pixels. The divisor counts kept and dropped pixels alike: unsure images say little.
+    logits [B, N, H, W]; label (int64), confidence, padding (bool) [B, H, W]. "pixel" keeps
+    confident pixels only. "mean" and "share" keep all, weighed by their image's mean confidence, or
+    by its share of confident pixels. The divisor counts all, so unsure images say little.
 
-        >>> label = torch.zeros(1, 2, 2)
-        >>> loss = consistency_loss(torch.zeros(1, 2, 2, 2), label.long(), label + 1, label > 0)
+        >>> label, sure = torch.zeros(1, 2, 2, dtype=torch.long), torch.ones(1, 2, 2)
+        >>> loss = consistency_loss(torch.zeros(1, 2, 2, 2), label, sure, padding=sure < 1)
         >>> round(loss.item(), 3)  # log(2): two classes, equal logits
         0.693
     """
     if weighting not in ("pixel", "mean", "share"):
         raise ValueError(f"weighting {weighting!r}: take pixel, mean or share")
-    valid = ~padding
+    valid, confidence = ~padding.bool(), confidence.detach()
     loss = F.cross_entropy(logits, label, reduction="none")  # [B, H, W]
     weight = confidence if weighting == "mean" else (confidence >= conf).float()  # [B, H, W]
     if weighting != "pixel":
@@ -862,27 +879,29 @@ def guidance_loss(logits, clip_label):
     return loss / clip_label.numel()
 
 
-def semivl_loss(student, x, y, views: dict, cfg: Config, guidance_weight: float) -> dict:
+def semivl_loss(student, x, y, views, guidance_weight, conf=0.95, weighting="pixel") -> dict:
     """One forward of the student -> scalars: "x"; "s1", "s2", "fp"; "guidance_s1", "guidance_s2",
     "guidance_fp"; and their weighted sum "total".
 
     UniMatch's weights: labelled and unlabelled count alike, fp as much as both strong views.
 
     Args:
+        student: (images, perturb=count) -> logits, as `SemiVL.forward`.
         x, y: labelled images [B, 3, H, W] and masks [B, H, W].
-        views: {"s1": (s1, Targets), "s2": (s2, Targets), "fp": (w, Targets)}, in this order: the
-            last one's features are perturbed. B images each. {}: no unlabelled images, L_x alone.
+        views: {"s1": (s1, Targets), "s2": (s2, Targets), "fp": (w, Targets)}, B images each; {}:
+            no unlabelled images, L_x alone.
     """
-    images = torch.cat([x] + [view for view, _ in views.values()])  # [4 B, 3, H, W]
+    names = ("s1", "s2", "fp") if views else ()  # fp last: its features are perturbed
+    images = torch.cat([x] + [views[name][0] for name in names])  # [4 B, 3, H, W]
     logits_x, *rest = student(images, perturb=len(x) if views else 0).split(len(x))
     L_x, L, G = supervised_loss(logits_x, y), {}, {}
     if not views:
         return dict(x=L_x, total=L_x)
 
-    for (name, (_, t)), logits in zip(views.items(), rest):  # logits [B, N, H, W]
-        L[name] = consistency_loss(
-            logits, t.label, t.confidence, t.padding, cfg.conf, cfg.weighting)
-        G[name] = guidance_loss(logits, t.guidance)
+    for name, logits in zip(names, rest):  # logits [B, N, H, W]
+        _, t = views[name]
+        L[name] = consistency_loss(logits, t.label, t.confidence, t.padding, conf, weighting)
+        G[name] = guidance_loss(logits, t.clip_label)
     consistency = 0.25 * L["s1"] + 0.25 * L["s2"] + 0.5 * L["fp"]
     guidance = 0.25 * G["s1"] + 0.25 * G["s2"] + 0.5 * G["fp"]
     total = (L_x + consistency) / 2 + guidance_weight * guidance
@@ -897,6 +916,8 @@ def semivl_loss(student, x, y, views: dict, cfg: Config, guidance_weight: float)
 def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
     """Where windows start along a side of `size` pixels: the last one is moved back inside, but
     for "probabilities" (Cityscapes) windows start at every stride and are cut off at the edge."""
+    if mode not in ("logits", "probabilities"):
+        raise ValueError(f"mode {mode!r}: take logits or probabilities")
     if mode == "probabilities":
         return list(range(0, size, stride))
     last = max(size - window, 0)
@@ -907,20 +928,21 @@ def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
 def sliding_window(model, images, window: int, stride: int, mode: str = "logits"):
     """Mean over overlapping windows of logits or of probabilities: [B, 3, H, W] -> [B, N, H, W].
     The ViT is at its best at the size it was trained on, so images are looked at in such pieces.
-    window, stride (not above window): pixels; model: [B, 3, h, w] -> [B, N, h, w], in eval mode.
+    window, stride (not above window): pixels; model: in eval mode, pieces [B, 3, ., .] of window x
+    window pixels or, at an edge, less -> [B, N, ., .]; mode: also decides upon `window_starts`.
 
         >>> image = torch.randn(1, 3, 50, 70)
         >>> torch.allclose(sliding_window(lambda part: 2 * part, image, 32, 20), 2 * image)
         True
     """
     B, _, H, W = images.shape
-    total, count = 0.0, images.new_zeros(1, 1, H, W)
+    total, count = None, images.new_zeros(1, 1, H, W)
     for top in window_starts(H, window, stride, mode):
         for left in window_starts(W, window, stride, mode):
             part = (..., slice(top, top + window), slice(left, left + window))
             logits = model(images[part])
-            if not torch.is_tensor(total):
-                total = logits.new_zeros(B, logits.shape[1], H, W)
+            if total is None:
+                total = logits.new_zeros(B, logits.shape[1], H, W, dtype=torch.float32)
             total[part] += logits.softmax(1) if mode == "probabilities" else logits
             count[part] += 1
     return total / count
@@ -934,20 +956,24 @@ def segment(model, image: torch.Tensor, cfg: Config, device) -> torch.Tensor:
         image = VF.resize(image, scaled_size(H, W, cfg.crop / min(H, W)), antialias=True)
     images = normalize(image[None].to(device), cfg)
     with data_prep.autocast(cfg, device):
-        scores = sliding_window(model, images, cfg.crop, stride, cfg.window)
+        scores = sliding_window(model, images, cfg.crop, stride, cfg.window_mode)
+    # Back to the mask's size; align_corners as the authors do here, and only here.
     return F.interpolate(scores, (H, W), mode="bilinear", align_corners=True)[0]
 
 
 def confusion_matrix(prediction, target, classes: int) -> torch.Tensor:
     """Pixel counts [N, N], rows truth, columns prediction, of two label maps of one shape; where
-    target is IGNORE it is left out. Both must be below `classes` elsewhere.
+    target is IGNORE it is left out. ValueError for a label that is no class elsewhere.
 
         >>> matrix = confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), 2)
         >>> iou_per_class(matrix).tolist()
         [50.0, 50.0]
     """
     known = target != IGNORE
-    pairs = classes * target[known].long() + prediction[known].long()
+    truth, predicted = target[known].long(), prediction[known].long()
+    if known.any() and max(truth.max(), predicted.max()) >= classes:
+        raise ValueError(f"a label of {max(truth.max(), predicted.max())}, but {classes} classes")
+    pairs = classes * truth + predicted
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
@@ -1020,24 +1046,15 @@ class Training:
         self.steps = cfg.steps or math.ceil(cfg.epochs * images / cfg.batch)
         self.step, self.evaluated = 0, 0  # steps done; steps done at the last evaluation
         self.last = self.best = -1.0  # validation mIoU of the teacher, percent; -1: none yet
-        # Pixels with an accepted pseudo-label of each class since the last evaluation, [N].
+        # [N], pixels with a confident pseudo-label of each class since the last evaluation, for log
         self.accepted = torch.zeros(len(folder.classes), dtype=torch.long, device=device)
 
-    def batches(self) -> DataLoader:
+    def batches(self):
         """The batches from the present step to the last; of each, this process's share."""
         cfg, folder = self.cfg, self.folder
-        unlabelled = folder.unlabelled if cfg.unlabelled else []
-        length, (rank, processes) = self.steps * cfg.batch, data_prep.process()
-        share = cfg.batch // processes
-        mine = [i for i in range(self.step * cfg.batch, length) if i % cfg.batch // share == rank]
-        return DataLoader(
-            TrainingPictures(folder, folder.labelled, unlabelled, cfg, length), share,
-            sampler=mine, worker_init_fn=data_prep.quiet_worker,
-            num_workers=data_prep.loaders(cfg.workers), pin_memory=self.device.type == "cuda")
-
-    def to_device(self, batch: dict) -> dict:
-        """The tensors of a batch, still bytes: a quarter of what floats would take to copy."""
-        return {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if k != "files"}
+        pictures = TrainingPictures(folder, folder.labelled, folder.unlabelled if cfg.unlabelled
+                                    else [], cfg, self.steps * cfg.batch)
+        return data_prep.loader(pictures, self.step * cfg.batch, cfg, self.device)
 
     def micro_batches(self, data: dict) -> list[slice]:
         """Which images of the (share of the) batch go through the networks at a time."""
@@ -1072,7 +1089,7 @@ class Training:
         guidance_weight = cfg.guidance * (1 - self.step / self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(group["base_lr"], self.step, self.steps)
-        data = self.to_device(batch)
+        data = data_prep.to_device(batch, self.device)
 
         # 1. Teacher's pseudo-labels, frozen CLIP's labels, CutMix.
         views = self.views(data) if cfg.unlabelled else {}
@@ -1083,14 +1100,16 @@ class Training:
         chunks, sums = self.micro_batches(data), {}
         first = self.step * cfg.batch + data_prep.process()[0] * len(data["x"])
         for chunk in chunks:
-            # Seeded, so that a resumed run, or one of several processes, drops the same features.
+            # Seeded by the position in the run, so that which features are dropped depends neither
+            # on resuming nor on the number of processes.
             torch.manual_seed(cfg.seed * STREAM + STREAM // 2 + first + chunk.start)
             x, y = normalize(data["x"][chunk], cfg), data["y"][chunk].long()
             part = {name: (normalize(view[chunk], cfg), t.map(lambda a: a[chunk]))
                     for name, (view, t) in views.items()}
             with data_prep.in_step(self.parallel, chunk is chunks[-1]):
                 with data_prep.autocast(cfg, self.device):
-                    losses = semivl_loss(self.parallel, x, y, part, cfg, guidance_weight)
+                    losses = semivl_loss(self.parallel, x, y, part, guidance_weight, cfg.conf,
+                                         cfg.weighting)
                 (losses["total"] / len(chunks)).backward()
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0.0) + loss.detach() / len(chunks)
@@ -1102,22 +1121,10 @@ class Training:
         # 3. The student learns, then the teacher follows it.
         self.optimizer.step()
         self.optimizer.zero_grad()
-        data_prep.average_buffers(self.student)
+        data_prep.average_buffers(self.student)  # batch norm's, over processes
         self.teacher.update(self.student, self.step)
         self.step += 1
         return log
-
-    def miou(self, model, entries: list, title: str) -> float:
-        """mIoU in percent of the teacher, the student or frozen CLIP."""
-        return float(evaluate(model, self.folder, entries, self.cfg, self.device, title).nanmean())
-
-    def validate(self) -> tuple[float, float]:
-        """Validation mIoU, percent, of teacher and student (the same model with ema 0)."""
-        teacher = student = self.miou(self.teacher, self.folder.val, "validation, teacher")
-        if self.cfg.ema:
-            student = self.miou(self.student.eval(), self.folder.val, "validation, student")
-            self.student.train()
-        return teacher, student
 
 
 THIS_FILE = sys.modules[__name__]  # data_prep.py calls back what stands above
@@ -1125,27 +1132,28 @@ THIS_FILE = sys.modules[__name__]  # data_prep.py calls back what stands above
 
 @data_prep.in_every_process
 def train(cfg: Config, resume: dict | None = None) -> None:
-    """A whole run: build or resume, check frozen CLIP, train, evaluate, test, draw."""
-    folder = data_prep.open_data(cfg, CLASSES)
-    folder.choose_labelled(cfg, resume and resume["labelled"])
-    folder.check(decode_all=cfg.dataset not in data_prep.PUBLISHED)
-    if resume and list(resume["classes"].items()) != list(folder.classes.items()):
-        raise UserError(f"{folder.path}: the classes are not those that the run started with")
+    """A whole run: build or resume, check frozen CLIP, train, evaluate, test. The recorder writes
+    log, checkpoints and pictures, also when the run is interrupted."""
+    folder = data_prep.training_data(cfg, CLASSES, resume)
     run = Training(cfg, folder, data_prep.pick_device(cfg.device))
     if resume:
         data_prep.restore_run(run, resume)
     else:
         cfg.out = data_prep.new_run(cfg, folder, __file__)
     print(data_prep.describe_run(run), flush=True)
-    if not run.step:
-        data_prep.save_run(run, "last.pt", resumable=True)  # a full disk fails here
-        few = folder.val[:100]  # the sanity check that CLIP's weights and the class names are right
-        names, concepts = (run.miou(m, few, "frozen") for m in (run.frozen_names, run.guidance))
-        print(f"frozen     CLIP has {names:.1f} mIoU by class names, {concepts:.1f} by definitions "
-              f"({len(few)} validation images)", flush=True)
 
-    # for batch in run.batches(): run.train_step(batch); at times validate, save, draw
-    data_prep.run_to_end(THIS_FILE, run)
+    every, batch = math.ceil(run.steps / cfg.evals), None
+    with closing(run.batches()) as batches, data_prep.Recorder(THIS_FILE, run) as recorder:
+        if not run.step:
+            recorder.frozen_clip()  # its mIoU; near zero, if weights or class names are wrong
+        while run.evaluated < run.steps:
+            # A run that was stopped while it evaluated does so first when it is resumed.
+            if run.evaluated < run.step and (run.step % every == 0 or run.step == run.steps):
+                recorder.evaluation(batch)  # of teacher and student, on validation images
+            else:
+                batch = next(batches)
+                with recorder.uninterrupted():
+                    recorder.step(run.train_step(batch))
     models = {"CLIP by names": run.frozen_names, "by definitions": run.guidance}
     data_prep.report(THIS_FILE, run, models | {"SemiVL": run.teacher})
 
@@ -1153,24 +1161,16 @@ def train(cfg: Config, resume: dict | None = None) -> None:
 # ----------------------------------------------------------------------------------------------
 # 11. Command line
 
-def main(argv=None) -> int:
-    """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
-    data_prep.keep_memory()
-    try:
-        typed, args = data_prep.parse_args(argv, Config, PRESETS)
-        cfg = Config(**PRESETS.get(typed.get("dataset", "toy"), {}) | typed)
-        if args.resume is not None:
-            train(*data_prep.load_run(args.resume, Config, typed))
-        elif not data_prep.other_action(THIS_FILE, args, typed, cfg):  # --eval, --predict, ...
-            data_prep.check_settings(cfg)
-            train(cfg)
-    except KeyboardInterrupt:
-        print("semivl.py: interrupted", file=sys.stderr)
-        return 130
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        print(f"semivl.py: {data_prep.explain(error)}", file=sys.stderr)
-        return 2
-    return 0
+@data_prep.mistakes_in_one_line
+def main(argv=None) -> None:
+    """Runs the command line. A user's mistake is one line on stderr and exit code 2."""
+    typed, args = data_prep.parse_args(argv, Config, PRESETS)
+    cfg = Config(**PRESETS.get(typed.get("dataset", "toy"), {}) | typed)
+    if args.resume is not None:
+        train(*data_prep.load_run(args.resume, Config, typed))
+    elif not data_prep.other_action(THIS_FILE, args, typed, cfg):  # --eval, --predict, ...
+        data_prep.check_settings(cfg)
+        train(cfg)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1184,7 +1184,7 @@ def main(argv=None) -> int:
 # attention and position embedding train, nothing else of the ViT | spatial_fine_tuning
 # a class is an item of the batch; text is concatenated, not multiplied | SemanticReasoning
 # skip convolved once a group of classes | conv_by_parts | N times -> fewer, the same numbers
-# padded frame's logits are squeezed into H x W, not cut | SemiVL.forward | two resizes -> one
+# logits of the padded image squeezed into H x W | SemiVL.forward | to the crop's size first -> not
 # pseudo-labels | EMATeacher | the student in eval mode -> its moving average
 # best concept of a class, times 100, softmax over classes, then 0.9 | FrozenGuidance
 # image padded black before normalising, no loss sees it | scale_crop_flip

@@ -327,14 +327,14 @@ def test_losses_and_gradients_of_a_step_equal_the_authors(variant, monkeypatch):
         return paste(view), targets.map(paste)
 
     views = {"s1": mixed(s1, box1), "s2": mixed(s2, box2), "fp": (w, targets)}
-    losses = semivl.semivl_loss(student, x, y, views, Config(conf=conf), guidance_weight=0.075)
+    losses = semivl.semivl_loss(student, x, y, views, guidance_weight=0.075, conf=conf)
     losses["total"].backward()
 
     expected, norms = STEP[variant]
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
         expected, rel=0, abs=1e-5)
-    assert (views["s1"][1].guidance == IGNORE).sum() == 12766
-    assert (targets.guidance == 4).sum() == 12364
+    assert (views["s1"][1].clip_label == IGNORE).sum() == 12766
+    assert (targets.clip_label == 4).sum() == 12364
     for group, norm in norms.items():
         prefix = {"clip": "clip.", "position": "clip.visual.positional_embedding",
                   "decoder": "decoder."}.get(group, f"decoder.{group}")
@@ -431,7 +431,6 @@ def test_what_would_be_computed_wrongly_is_refused():
         32, 8, 32, 2, 2, 4, output_dim=8, block_type="custom", scale_attn_inner=True)
     for wrong in (lambda: semivl.DenseCLIP(visual), lambda: semivl.DenseCLIP(scaled),
                   lambda: semivl.spatial_fine_tuning(visual, "Spatial"),
-                  lambda: semivl.FrozenGuidance(None, torch.zeros(3, 8), [3, 0]),
                   lambda: semivl.consistency_loss(*[None] * 4, weighting="pixels")):
         with pytest.raises(ValueError):
             wrong()
@@ -546,7 +545,7 @@ def test_padding_and_ignored_pixels_have_no_influence():
     changed = torch.where(t.padding.unsqueeze(1), 100 * torch.randn_like(logits), logits)
     for loss in (
         lambda z: semivl.supervised_loss(z, y),
-        lambda z: semivl.guidance_loss(z, t.guidance),
+        lambda z: semivl.guidance_loss(z, t.clip_label),
         *(lambda z, m=m: semivl.consistency_loss(z, *t[:3], 0.5, m)
           for m in ("pixel", "mean", "share")),
     ):
@@ -556,9 +555,9 @@ def test_padding_and_ignored_pixels_have_no_influence():
 def test_losses_without_any_valid_pixel_are_zero():
     logits, t = random_targets()
     nothing = torch.ones_like(t.padding)
-    t = t._replace(padding=nothing, guidance=torch.full_like(t.guidance, IGNORE))
+    t = t._replace(padding=nothing, clip_label=torch.full_like(t.clip_label, IGNORE))
     assert semivl.supervised_loss(logits, torch.full_like(t.label, IGNORE)) == 0
-    assert semivl.guidance_loss(logits, t.guidance) == 0
+    assert semivl.guidance_loss(logits, t.clip_label) == 0
     for weighting in ("pixel", "mean", "share"):
         assert semivl.consistency_loss(logits, *t[:3], 0.5, weighting) == 0
 
@@ -583,7 +582,7 @@ def test_cutmix_moves_image_and_all_targets_together():
     assert torch.equal(mixed, expected.float().unsqueeze(1).repeat(1, 3, 1, 1))
     assert torch.equal(t.confidence, expected.float())
     assert torch.equal(t.padding, expected % 2 == 0)
-    assert torch.equal(t.guidance, expected + 1)
+    assert torch.equal(t.clip_label, expected + 1)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1192,7 +1191,7 @@ def test_the_authors_cityscapes_checkpoint_brings_its_protocol(small_clip, tmp_p
     torch.save({"model": authors_state(cityscapes=True)}, tmp_path / "city.pth")
     model, cfg, classes = data_prep.load_checkpoint(semivl, 
         tmp_path / "city.pth", dict(clip=small_clip, clip_weights="none"))
-    assert (cfg.dataset, cfg.window, cfg.crop) == ("cityscapes", "probabilities", 801)
+    assert (cfg.dataset, cfg.window_mode, cfg.crop) == ("cityscapes", "probabilities", 801)
     assert model.text.shape == (19, 512) and classes[0] == "road" and model.conv is not None
 
 
@@ -1426,7 +1425,7 @@ def test_the_memory_table_counts_what_a_step_keeps():
         targets = Targets(label, label.float(), label > 0, label)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             views = dict.fromkeys(("s1", "s2", "fp"), (image, targets))
-            semivl.semivl_loss(model.train(), image, label, views, cfg, 0.1)
+            semivl.semivl_loss(model.train(), image, label, views, 0.1)
         real = sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in ours)
         assert counted == real
 
@@ -1948,22 +1947,22 @@ def test_a_killed_run_goes_on_to_the_same_weights(workers, whole, tmp_path):
 @pytest.mark.parametrize("where", ["step", "evaluation"])
 def test_a_signal_ends_a_run_after_saving(where, number, whole, tmp_path, monkeypatch, capsys):
     stopped = tmp_path / "stopped"
-    train_step, miou = semivl.Training.train_step, semivl.Training.miou
+    train_step, miou = semivl.Training.train_step, data_prep.Recorder.miou
 
     def signalled_step(run, batch):
         if where == "step" and run.step == 4:
             signal.raise_signal(number)  # in the middle of the step: it will be finished
         return train_step(run, batch)
 
-    def signalled_miou(run, model, entries, title):
-        if where == "evaluation" and run.step == 8:
+    def signalled_miou(recorder, model, entries, title):
+        if where == "evaluation" and recorder.run.step == 8:
             signal.raise_signal(number)
-        return miou(run, model, entries, title)
+        return miou(recorder, model, entries, title)
 
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         patch.setattr(semivl.Training, "train_step", signalled_step)
-        patch.setattr(semivl.Training, "miou", signalled_miou)
+        patch.setattr(data_prep.Recorder, "miou", signalled_miou)
         assert semivl.main(long_run(whole.parent / "pictures", stopped)) == 130
     assert signal.getsignal(number) is before
     captured = capsys.readouterr()
