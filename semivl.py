@@ -569,9 +569,8 @@ class SemiVL(nn.Module):
     def forward(self, images: torch.Tensor, perturb: int = 0) -> torch.Tensor:
         """[B, 3, H, W], normalised -> logits [B, N, H, W].
 
-        The last `perturb` images of the batch get feature perturbation: half of the channels of
-        the dense embedding and of each skip map are dropped, as whole maps, and the others doubled
-        (UniMatch)."""
+        The last `perturb` images of the batch get UniMatch's feature perturbation: of the dense
+        embedding and of each skip map half of the channels become 0, whole maps, others double."""
         dense, (shallow, deep) = self.clip(images)
         if self.conv is not None:
             shallow = self.conv(images)[-1]  # timm gives a list
@@ -592,8 +591,7 @@ class FrozenGuidance(nn.Module):
 
     It has never seen a mask, but it does not drift: its labels keep the student from confirming its
     own mistakes where the few labelled images say nothing. Traps: without the scale of 100 softmax
-    of cosines is flat, and no threshold means anything; a class of many concepts wins more often
-    (the published definitions are made with that in mind, yours should be).
+    of cosines is flat, and no threshold means anything; a class of many concepts wins more often.
 
     Args:
         clip: a DenseCLIP that nobody trains (see `copy_trained`).
@@ -800,8 +798,8 @@ class TrainingPictures(Dataset):
 # harder versions: recoloured with a box of another image pasted in (s1, s2: a thing must be known
 # without its surroundings), and w itself with half of its feature channels gone (fp, "feature
 # perturbation"). The trap is confirmation bias: a wrong pseudo-label is learned like a right one.
-# So only confident pixels count (at first hardly any: these losses begin near 0), and frozen CLIP
-# corrects them.
+# So only confident pixels count (at first hardly any: these losses begin near 0), and frozen CLIP,
+# which does not learn from itself, has a say.
 
 class Targets(NamedTuple):
     """What the unlabelled images are taught, per pixel; all [B, H, W]. They travel together."""
@@ -888,8 +886,7 @@ def semivl_loss(student, x, y, views, guidance_weight, conf=0.95, weighting="pix
     Args:
         student: (images, perturb=count) -> logits, as `SemiVL.forward`.
         x, y: labelled images [B, 3, H, W] and masks [B, H, W].
-        views: {"s1": (s1, Targets), "s2": (s2, Targets), "fp": (w, Targets)}, B images each; {}:
-            no unlabelled images, L_x alone.
+        views: {"s1": (s1, Targets), "s2": (s2, Targets), "fp": (w, Targets)}, or {}: L_x alone.
     """
     names = ("s1", "s2", "fp") if views else ()  # fp last: its features are perturbed
     images = torch.cat([x] + [views[name][0] for name in names])  # [4 B, 3, H, W]
@@ -1132,8 +1129,7 @@ THIS_FILE = sys.modules[__name__]  # data_prep.py calls back what stands above
 
 @data_prep.in_every_process
 def train(cfg: Config, resume: dict | None = None) -> None:
-    """A whole run: build or resume, check frozen CLIP, train, evaluate, test. The recorder writes
-    log, checkpoints and pictures, also when the run is interrupted."""
+    """A whole run; the recorder writes log, checkpoints, pictures, also if it is interrupted."""
     folder = data_prep.training_data(cfg, CLASSES, resume)
     run = Training(cfg, folder, data_prep.pick_device(cfg.device))
     if resume:
@@ -1174,25 +1170,27 @@ def main(argv=None) -> None:
 
 
 # ----------------------------------------------------------------------------------------------
-# 12. The details that matter. Each: what | where | the authors' code -> this file, if different
+# 12. The details that matter. Each: what | where | the authors' code -> ours, where they differ
 #
 # prompt "a photo of a NAME", no full stop, names spelled as published | encode_text
 # decoder reads names, guidance reads definitions | describe_classes | Cityscapes: means of concepts
-# GELU, LayerNorm eps, image statistics | DenseCLIP | exact, 1e-6, ImageNet's -> CLIP's own
+# GELU, LayerNorm eps, image statistics | DenseCLIP, normalize | exact, 1e-6, ImageNet's -> CLIP's
 # last block without attention, skips from value paths of blocks 0 and 4 | DenseCLIP.encode
 # position embedding: bicubic, no antialiasing, resized once, then trained | resize_position
 # attention and position embedding train, nothing else of the ViT | spatial_fine_tuning
 # a class is an item of the batch; text is concatenated, not multiplied | SemanticReasoning
-# skip convolved once a group of classes | conv_by_parts | N times -> fewer, the same numbers
-# logits of the padded image squeezed into H x W | SemiVL.forward | to the crop's size first -> not
-# pseudo-labels | EMATeacher | the student in eval mode -> its moving average
+# a skip is convolved N times, once a class -> once a group of classes, same numbers | conv_by_parts
+# logits of the padded image become H x W | SemiVL.forward | by way of crop x crop -> in one step
+# who makes the pseudo-labels | EMATeacher | the student in eval mode -> its moving average
 # best concept of a class, times 100, softmax over classes, then 0.9 | FrozenGuidance
 # image padded black before normalising, no loss sees it | scale_crop_flip
-# nearest is PIL's | scale_crop_flip | images: no antialiasing on VOC, ADE20K -> always
+# masks are resized to PIL's nearest | scale_crop_flip
+# images are resized | scale_crop_flip, segment | VOC, ADE20K: no antialiasing -> always with it
 # a CutMix box keeps its area until it fits | cutmix_box
 # CutMix partner | Training.views | another crop of the same image -> mirrored image of the batch
 # feature dropout: whole channels, dense map and skips, not the text | SemiVL.forward
-# L_s: divided by all unpadded pixels, kept or not | consistency_loss | padding summed -> left out
+# L_s: divided by all unpadded pixels, kept or not | consistency_loss
+# mean and share weighting | consistency_loss | over the batch, padding summed -> each image's own
 # G: divided by all pixels, padding too; weight falls linearly to 0 | guidance_loss, train_step
 # weight decay on norms, too; steps 0 and 1 at the base rate | make_optimizer, learning_rate
 # windows: logits averaged, on Cityscapes probabilities, other starts | window_starts
