@@ -1648,7 +1648,7 @@ def draw_progress(method, run, batch: dict | None) -> None:
     views = None
     if cfg.unlabelled and batch is not None:  # by all processes: CutMix takes partners from others
         data = to_device(batch, run.device)
-        views = {name: (image.cpu(), targets.map(torch.Tensor.cpu))
+        views = {name: (image.cpu(), targets.apply(torch.Tensor.cpu))
                  for name, (image, targets) in run.views(data).items()}
     if process()[0]:
         return
@@ -2140,7 +2140,7 @@ def ladder(method, typed: dict, seeds: int) -> None:
         scores = [r["SemiVL"] for r in rows]
         ahead = [f["SemiVL"] - s for f, s in zip(full, scores)]
         gain = "" if arm == FULL else (
-            f"{statistics.mean(ahead):.1f} (sd {statistics.stdev(ahead):.1f})")
+            f"{round(statistics.mean(ahead), 1) + 0.0:.1f} (sd {statistics.stdev(ahead):.1f})")
         print(f"{arm:40}" + "".join(f"{s:8.1f}" for s in scores)
               + f"{statistics.mean(scores):8.1f}{statistics.stdev(scores):6.1f}  {gain:20}"
               f"{statistics.mean(r['time'] for r in rows):8.0f}")
@@ -2303,12 +2303,15 @@ def memory_table(method, cfg) -> None:
                       + "".join(f"{n:>4}" for n in fits), flush=True)
 
 
+GROWTH = [("cityscapes", 512), ("voc", 512), ("coco", 512), ("ade20k", 512), ("voc", 256),
+          ("voc", 801)]
+
+
 def growth_table(method, cfg) -> None:
     """Seconds and memory of a step with 1 + 1 images, and of an evaluation window, as classes and
     pixels grow. Each row is a process of its own: memory is the most that a process has held."""
     print(f"{'classes':>7}{'crop':>6}{'step, s':>9}{'memory':>18}{'evaluation, s':>15}", flush=True)
-    for name, crop in (("cityscapes", 512), ("voc", 512), ("coco", 512), ("ade20k", 512),
-                       ("voc", 256), ("voc", 801)):
+    for name, crop in GROWTH:
         options = (f"--benchmark step --dataset {name} --crop {crop} --batch 1 --micro-batch 1 "
                    f"--recompute on --conv-skip off --stride 0 --steps 1 "
                    f"--precision {cfg.precision} --device {cfg.device}")

@@ -17,8 +17,9 @@ A few images with masks, many without, and a CLIP that knows what words look lik
        cross-entropy with y     cross-entropy with the targets: the teacher's pseudo-labels,
                                 and what frozen CLIP takes each pixel for
 
-    The three networks begin as one ViT. The published method has no EMA teacher (`--ema 0`: the
-    student teaches itself); section 12 lists this and every other detail that matters.
+    The targets go to all three losses; those of s1 and s2 after CutMix, which pastes a box of
+    another unlabelled image. The published method has no EMA teacher (`--ema 0`: the student
+    teaches itself); section 12 lists every detail that matters.
 
     python semivl.py                                       the built-in toy world: minutes, a CPU
     python semivl.py --dataset FOLDER --labels 8           your own pictures (README.md)
@@ -30,7 +31,7 @@ A few images with masks, many without, and a CLIP that knows what words look lik
 Letters for shapes, in every comment below:
     B images, N classes, K concepts, H x W image, P patch, h = ceil(H/P), w = ceil(W/P), D width of
     the ViT, E width of CLIP's joint space, T = 1 + h*w tokens, C = 128 channels of a class's map.
-In sections 7, 8 and 10 x is the labelled image and w the weak view; elsewhere x is features.
+In sections 7, 8, 10 x is the labelled image, w the weak view; elsewhere x is features, w patches.
 """
 
 import copy
@@ -87,8 +88,8 @@ class Config:
 
     unlabelled: bool = setting("method", True, "use the unlabelled images")
     conf: float = setting("method", 0.95, "confidence from which a pseudo-label counts", high=1)
-    weighting: str = setting("method", "pixel", "weight of a pseudo-label: 1 above conf, else 0; "
-                             "its image's mean confidence; its image's share above conf",
+    weighting: str = setting("method", "pixel", "weight of a pseudo-label: pixel: 1 from conf on, "
+                             "else 0; mean, share: its image's mean confidence, share from conf on",
                              choices=("pixel", "mean", "share"))
     guidance: float = setting("method", 0.1, "weight of frozen CLIP's loss; falls to 0 in the run")
     guidance_conf: float = setting("method", 0.9, "conf of frozen CLIP's labels", high=1)
@@ -132,20 +133,19 @@ PRESETS = {
         stride=534),
 }  # 349 steps: an epoch of the 186 split, whatever --labels is; 534: two thirds of the crop
 
-# All chance is a function of (seed, position in the run), so that a resumed run repeats it. Seeds
-# are this far apart; augmentation has the first half of a range, feature dropout the second.
+# All chance is a function of (seed, position in the run), so that a resumed run repeats it. Seed s
+# owns the numbers from s * STREAM on: half of them for augmentation, half for feature dropout.
 STREAM = 10**9
 IGNORE = 255  # "no label" in every mask, whatever a folder's files call it
 
 # ----------------------------------------------------------------------------------------------
 # 2. Language: what are classes called, what do they mean? (paper: Class Definition Guidance)
 # In: class names and their concepts. Out: text embeddings [N, E] and [K, E].
-# A name alone is a poor prompt: "background" is a word for nothing that CLIP has seen. A class
-# is therefore defined by concepts. Two readers get two texts: frozen CLIP compares each place with
-# every concept and takes the best of a class; the decoder gets one vector a class, its name (or, on
-# Cityscapes, the mean of its concepts): it is trained, so a poor name costs it less. Of VOC:
-#     "person": person, people, baby, face    "bus": bus, minibus    "background": 45 things, from
-#     bed, building and cabinet to tram, laptop and vehicle interior
+# A name alone is a poor prompt: hardly a picture's caption says "background". So a class is defined
+# by concepts. Two readers get two texts: frozen CLIP compares each place with every concept and
+# takes the best of a class; the decoder gets one vector a class, its name (or, on Cityscapes, the
+# mean of its concepts): it is trained, so a poor name costs it less. Of VOC: "bus": bus, minibus;
+# "person": person, people, baby, face; "background": 45 things, from bed to vehicle interior.
 
 CLASSES = data_prep.CLASSES  # data set -> class, in the order of mask values -> its concepts
 
@@ -174,7 +174,7 @@ def describe_classes(clip, classes: dict[str, list[str]], cfg: Config) -> Langua
     concepts = encode_text(clip, [c for group in classes.values() for c in group])
     sizes = [len(group) for group in classes.values()]
     if cfg.decoder_text == "mean":
-        # Mean BEFORE normalising, as the authors do: a longer embedding has the larger say.
+        # Mean BEFORE normalising, as the authors do: an embedding of larger norm weighs more.
         text = torch.stack([group.mean(0) for group in concepts.split(sizes)])
     else:
         text = names
@@ -190,7 +190,7 @@ def describe_classes(clip, classes: dict[str, list[str]], cfg: Config) -> Langua
 # patch speak for itself. This works: what the class token gathers is a mean of the patches'
 # VALUES, so the projection to the text's space has been trained on such things. The price is the
 # context that this last attention would have brought. The decoder's skip maps come from early
-# blocks, which still know where exactly things end, and are value paths, too.
+# blocks, which still know where exactly things end, and are value paths, too (as published).
 
 # Mean and standard deviation of images. CLIP was trained with its own; the authors feed it images
 # normalised with ImageNet's (`authors_clip`). The ResNet of `conv_skip` wants ImageNet's: images
@@ -278,9 +278,9 @@ class DenseCLIP(nn.Module):
 
     def encode(self, images: torch.Tensor, last_attention: bool = False):
         """[B, 3, H, W] -> tokens in the joint space [B, T, E], the same as a map [B, E, h, w], and
-        the skip maps [B, D, h, w]. The last block's attention is skipped unless asked for: then
-        the first token (the mean of the others, if CLIP pools so) is CLIP's embedding of the image,
-        a check that all weights are in place."""
+        the skip maps [B, D, h, w]. With `last_attention`, which the method skips, the first token
+        (the mean of the others, if CLIP pools so) is CLIP's embedding of the image: a check that
+        all weights are in place."""
         vit, P = self.visual, self.patch
         if self.statistics:
             mean, std = IMAGENET_STATS
@@ -317,7 +317,7 @@ class DenseCLIP(nn.Module):
 
 # ----------------------------------------------------------------------------------------------
 # 4. Which weights may learn, so that CLIP does not forget? (paper: Spatial Fine-Tuning)
-# In: a DenseCLIP. Out: the same, requires_grad set. Call it before making optimiser and twins.
+# In: a DenseCLIP. Out: the same, requires_grad set. Before the optimiser and `copy_trained`.
 # What CLIP lacks is local, spatial reasoning, which lives in attention. What it knows lives in
 # the MLPs. So attention and the position embedding train, the rest stays as it was.
 
@@ -336,9 +336,9 @@ def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
 def copy_trained(module: nn.Module) -> nn.Module:
     """A frozen twin with its own copy of the parameters that train, and the very same frozen ones.
 
-    Teacher and guidance keep old values of what trains; the frozen two thirds never change, and
-    exist once in memory. Traps: weights loaded into a twin overwrite what it shares; a parameter
-    that begins to train later is still shared."""
+    Teacher and guidance need own values of what trains (the teacher averages them, guidance keeps
+    them as they were); the other two thirds exist once in memory. Traps: weights loaded into a twin
+    overwrite what it shares; a parameter that begins to train later is still shared."""
     # deepcopy takes what `memo` already holds for an object instead of copying it.
     shared = {id(p): p for p in module.parameters() if not p.requires_grad}
     return copy.deepcopy(module, memo=shared).requires_grad_(False).eval()
@@ -351,7 +351,6 @@ def copy_trained(module: nn.Module) -> nn.Module:
 # class is an item of a batch: B*N maps of one channel, the similarity to its text. The same weights
 # clean the map of whatever class they are given, so they learn from all classes and take any number
 # of them; the price is N times the convolutions. Sizes and align_corners are the authors'.
-#
 #     dense [B, E, h, w], text [N, E]
 #     -> cosine_maps               [B, N, h, w]
 #     -> spatial reasoning         [B, N, C, h, w]    each class alone: 7 x 7 conv, ASPP
@@ -432,7 +431,8 @@ class SemanticReasoning(nn.Module):
         pooled = F.avg_pool2d(maps, (min(4, h), min(4, w)))  # [B*N, C, h', w']
         size = pooled.shape[2:]
         tokens = pooled.unflatten(0, (B, N)).permute(0, 3, 4, 1, 2).flatten(0, 2)  # [B*h'*w', N, C]
-        text = text.expand(len(tokens), -1, -1)  # [B*h'*w', N, C]; input only, see [..., :C]
+        text = text.expand(len(tokens), -1, -1)  # [B*h'*w', N, C]
+        # The layer reads the text; the text's half of its output is dropped.
         tokens = self.layer(torch.cat([tokens, text], dim=2))[..., :C]  # [B*h'*w', N, C]
         pooled = tokens.unflatten(0, (B, *size)).permute(0, 3, 4, 1, 2)  # [B, N, C, h', w']
         refined = F.interpolate(pooled.flatten(0, 1), (h, w), mode="bilinear", align_corners=True)
@@ -507,9 +507,9 @@ class LanguageGuidedDecoder(nn.Module):
         return self.head(x).view(B, N, *x.shape[2:])
 
     def by_classes(self, function, x, *shared):
-        """function(x, *shared), group after group of the classes of x [B, N, ...] (N is a group's
-        size in there). Without gradients 150 classes then need little more memory than 21; with
-        them only if `recompute`: backward computes a group anew, instead of all being kept."""
+        """function(x, *shared) on a few of the classes of x [B, N, ...] at a time; inside it, N is
+        their number. Without gradients 150 classes then need little more memory than 21. With them
+        they do under `recompute`, where the backward pass computes each group once more."""
         if self.recompute and torch.is_grad_enabled():
             function = partial(checkpoint, function, use_reentrant=False)
         parts = x.split(max(1, MAPS_AT_ONCE // len(x)), dim=1)
@@ -527,8 +527,8 @@ class LanguageGuidedDecoder(nn.Module):
 class VisionDecoder(nn.Module):
     """The baseline without language: DeepLabV3+ on the same ViT, as in UniMatch.
 
-    Same arguments as the language-guided decoder's forward (the text is not looked at; of the skips
-    the deep one is, as published), but the last layer has N fixed outputs. Logits [B, N, h, w]."""
+    Same arguments as the language-guided decoder's forward (it ignores the text and, as published,
+    the shallow skip), but the last layer has N fixed outputs. Logits [B, N, h, w]."""
 
     def __init__(self, embed_dim: int, skip_dim: int, classes: int, width: int = 64):
         super().__init__()
@@ -556,9 +556,8 @@ class SemiVL(nn.Module):
         clip: the image encoder.
         decoder: LanguageGuidedDecoder or VisionDecoder.
         text: [N, E], one embedding a class.
-        conv: optional (Cityscapes), images -> list of maps, of which the last, [B, 256, H/4, W/4],
-            replaces the shallow skip. Thin things such as poles are lost in a patch of 16 pixels;
-            its stride of 4 keeps them.
+        conv: optional (Cityscapes), images -> list; its last map, [B, 256, H/4, W/4], replaces the
+            shallow skip: thin things such as poles are lost in a patch of 16 pixels.
     """
 
     def __init__(self, clip: DenseCLIP, decoder: nn.Module, text: torch.Tensor, conv=None):
@@ -580,8 +579,8 @@ class SemiVL(nn.Module):
                         for f in features]
         dense, *skips = features
         logits = self.decoder(dense, skips, self.text)
-        # Logits cover the image as `encode` padded it. Resizing squeezes them a little, where one
-        # would cut: the authors' weights are used to it.
+        # Logits cover the image as `encode` padded it. Resizing squeezes them a little; cutting off
+        # the padding would be exact, but the authors' weights are used to this.
         size = images.shape[2:]
         return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
 
@@ -591,7 +590,7 @@ class FrozenGuidance(nn.Module):
 
     It has never seen a mask, but it does not drift: its labels keep the student from confirming its
     own mistakes where the few labelled images say nothing. Traps: without the scale of 100 softmax
-    of cosines is flat, and no threshold means anything; a class of many concepts wins more often.
+    of cosines is flat, and no threshold means anything; many concepts win often (as published).
 
     Args:
         clip: a DenseCLIP that nobody trains (see `copy_trained`).
@@ -625,7 +624,8 @@ class FrozenGuidance(nn.Module):
 class EMATeacher:
     """Mean teacher: an exponential moving average of the student makes the pseudo-labels.
 
-    The average is what is tested and saved (UniMatch V2). With decay 0 it equals the student.
+    Averaging smooths out single steps' mistakes, so the labels are steadier than the student's. The
+    average is what is tested and saved (UniMatch V2). With decay 0 it equals the student.
 
         >>> student = nn.Linear(2, 1)
         >>> teacher = EMATeacher(student, decay=0.99)
@@ -661,8 +661,8 @@ def assemble(cfg: Config, visual, text: torch.Tensor, conv_weights: str = "none"
     side = cfg.crop // visual.conv1.kernel_size[0]
     if not side:
         raise UserError(f"--crop {cfg.crop}: smaller than a patch of --clip {cfg.clip}")
-    own = data_prep.clip_statistics(cfg.clip, cfg.clip_tag) if cfg.conv_skip else None
-    clip = DenseCLIP(visual, (side, side), cfg.authors_clip, own, data_prep.linear)
+    stats = data_prep.clip_statistics(cfg.clip, cfg.clip_tag) if cfg.conv_skip else None
+    clip = DenseCLIP(visual, (side, side), cfg.authors_clip, stats, data_prep.linear)
     spatial_fine_tuning(clip, cfg.finetune)
     E, D = clip.embed_dim, clip.width
     if cfg.decoder == "vision":
@@ -675,8 +675,8 @@ def assemble(cfg: Config, visual, text: torch.Tensor, conv_weights: str = "none"
 
 def normalize(images: torch.Tensor, cfg: Config) -> torch.Tensor:
     """uint8 [..., 3, H, W] -> float, by the statistics the model was trained with."""
-    own = data_prep.clip_statistics(cfg.clip, cfg.clip_tag)
-    mean, std = IMAGENET_STATS if cfg.authors_clip or cfg.conv_skip else own
+    clip_stats = data_prep.clip_statistics(cfg.clip, cfg.clip_tag)
+    mean, std = IMAGENET_STATS if cfg.authors_clip or cfg.conv_skip else clip_stats
     # After the copy to the device: bytes are a quarter of the traffic.
     return VF.normalize(images.float() / 255, mean, std)
 
@@ -723,7 +723,7 @@ def scale_crop_flip(image: torch.Tensor, mask: torch.Tensor, cfg: Config):
     return image, mask[0]
 
 
-strong_view = v2.Compose([  # UniMatch's numbers; 13: 6 pixels, 3 sigma, to each side
+strong_view = v2.Compose([  # UniMatch's; a kernel of 13 reaches 6 pixels, 3 sigma, each way
     v2.RandomApply([v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)], 0.8),
     v2.RandomGrayscale(0.2),
     v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], 0.5),
@@ -781,10 +781,10 @@ class TrainingPictures(Dataset):
             if self.lists["unlabelled"]:
                 entry = self.pick("unlabelled", i)
                 image = self.folder.image(entry)
-                blank = torch.zeros(image.shape[1:], dtype=torch.uint8)
-                w, blank = scale_crop_flip(image, blank, cfg)  # IGNORE where it is padded
+                marker = torch.zeros(image.shape[1:], dtype=torch.uint8)
+                w, marker = scale_crop_flip(image, marker, cfg)  # IGNORE where it is padded
                 item.update(
-                    w=w, s1=strong_view(w), s2=strong_view(w), padding=blank == IGNORE,
+                    w=w, s1=strong_view(w), s2=strong_view(w), padding=marker == IGNORE,
                     box1=cutmix_box(cfg.crop), box2=cutmix_box(cfg.crop),
                     files=f"{item['files']} {entry[0]}")
         return item
@@ -809,16 +809,15 @@ class Targets(NamedTuple):
     padding: torch.Tensor  # bool, True where there is no image
     clip_label: torch.Tensor  # int64, what frozen CLIP takes it for, or IGNORE
 
-    def map(self, change) -> "Targets":
+    def apply(self, change) -> "Targets":
         """The same change to each of the four."""
         return Targets(*(change(t) for t in self))
 
 
 @torch.no_grad()
 def make_targets(teacher, guidance, w, padding) -> Targets:
-    """Pseudo-labels and guidance labels (`guidance` may be None) of weak views w [B, 3, H, W].
-
-    padding [B, H, W] is True where there is no image."""
+    """Pseudo-labels and guidance labels (`guidance` may be None) of weak views w [B, 3, H, W],
+    normalised; padding [B, H, W] is True where there is no image."""
     confidence, label = teacher(w).softmax(1).max(1)
     clip_label = guidance.labels(w) if guidance else torch.full_like(label, IGNORE)
     return Targets(label, confidence, padding, clip_label.masked_fill(padding, IGNORE))
@@ -828,7 +827,7 @@ def cutmix(mine: torch.Tensor, partner: torch.Tensor, box: torch.Tensor) -> torc
     """Pastes into each item its box of the partner's item (CutMix, Yun et al., ICCV 2019). The same
     box goes into an image and into each of its targets, or labels and pixels part.
 
-    mine, partner: [B, H, W] or [B, 3, H, W]; box: [B, 4], (top, left, bottom, right) of each.
+    mine, partner: [B, H, W] or [B, 3, H, W], any dtype; box: [B, 4], top, left, bottom, right.
 
         >>> image = torch.zeros(1, 3, 4, 4)
         >>> cutmix(image, image + 1, torch.tensor([[0, 0, 2, 4]]))[0, 0, :, 0]
@@ -885,7 +884,7 @@ def semivl_loss(student, x, y, views, guidance_weight, conf=0.95, weighting="pix
 
     Args:
         student: (images, perturb=count) -> logits, as `SemiVL.forward`.
-        x, y: labelled images [B, 3, H, W] and masks [B, H, W].
+        x, y: labelled images [B, 3, H, W], normalised (those of views, too), masks [B, H, W].
         views: {"s1": (s1, Targets), "s2": (s2, Targets), "fp": (w, Targets)}, or {}: L_x alone.
     """
     names = ("s1", "s2", "fp") if views else ()  # fp last: its features are perturbed
@@ -901,7 +900,7 @@ def semivl_loss(student, x, y, views, guidance_weight, conf=0.95, weighting="pix
         G[name] = guidance_loss(logits, t.clip_label)
     consistency = 0.25 * L["s1"] + 0.25 * L["s2"] + 0.5 * L["fp"]
     guidance = 0.25 * G["s1"] + 0.25 * G["s2"] + 0.5 * G["fp"]
-    total = (L_x + consistency) / 2 + guidance_weight * guidance
+    total = (L_x + consistency) / 2 + guidance_weight * guidance  # halves as published
     return dict(x=L_x, **L, **{f"guidance_{name}": G[name] for name in G}, total=total)
 
 
@@ -911,8 +910,8 @@ def semivl_loss(student, x, y, views, guidance_weight, conf=0.95, weighting="pix
 # Counts of all images are added before dividing: a mean of each image's own IoU is another number.
 
 def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
-    """Where windows start along a side of `size` pixels: the last one is moved back inside, but
-    for "probabilities" (Cityscapes) windows start at every stride and are cut off at the edge."""
+    """Where windows start along a side of `size` pixels. "logits": every stride, the last one moved
+    back inside. "probabilities" (Cityscapes): every stride, the last ones cut off at the edge."""
     if mode not in ("logits", "probabilities"):
         raise ValueError(f"mode {mode!r}: take logits or probabilities")
     if mode == "probabilities":
@@ -1067,12 +1066,12 @@ class Training:
                                   data["padding"][chunk]) for chunk in self.micro_batches(data)]
         targets = Targets(*map(torch.cat, zip(*parts)))  # [B, H, W] each
 
-        def mixed(name, box):
+        def mixed(name, box_name):
             # Image i's partner is image B - 1 - i of the batch (of all processes), so that each
             # image is loaded and predicted once. The middle one of an odd batch is its own partner.
             def paste(mine):
-                return cutmix(mine, data_prep.mirrored(mine), data[box])
-            return paste(data[name]), targets.map(paste)
+                return cutmix(mine, data_prep.mirrored(mine), data[box_name])
+            return paste(data[name]), targets.apply(paste)
 
         return {"s1": mixed("s1", "box1"), "s2": mixed("s2", "box2"), "fp": (data["w"], targets)}
 
@@ -1101,7 +1100,7 @@ class Training:
             # on resuming nor on the number of processes.
             torch.manual_seed(cfg.seed * STREAM + STREAM // 2 + first + chunk.start)
             x, y = normalize(data["x"][chunk], cfg), data["y"][chunk].long()
-            part = {name: (normalize(view[chunk], cfg), t.map(lambda a: a[chunk]))
+            part = {name: (normalize(view[chunk], cfg), t.apply(lambda a: a[chunk]))
                     for name, (view, t) in views.items()}
             with data_prep.in_step(self.parallel, chunk is chunks[-1]):
                 with data_prep.autocast(cfg, self.device):
@@ -1145,7 +1144,7 @@ def train(cfg: Config, resume: dict | None = None) -> None:
         while run.evaluated < run.steps:
             # A run that was stopped while it evaluated does so first when it is resumed.
             if run.evaluated < run.step and (run.step % every == 0 or run.step == run.steps):
-                recorder.evaluation(batch)  # of teacher and student, on validation images
+                recorder.evaluation(batch)  # of teacher and student; sets run.evaluated
             else:
                 batch = next(batches)
                 with recorder.uninterrupted():
@@ -1179,9 +1178,10 @@ def main(argv=None) -> None:
 # position embedding: bicubic, no antialiasing, resized once, then trained | resize_position
 # attention and position embedding train, nothing else of the ViT | spatial_fine_tuning
 # a class is an item of the batch; text is concatenated, not multiplied | SemanticReasoning
-# a skip is convolved N times, once a class -> once a group of classes, same numbers | conv_by_parts
+# a skip's convolution, the same numbers | conv_by_parts | once a class -> once a group of classes
 # logits of the padded image become H x W | SemiVL.forward | by way of crop x crop -> in one step
-# who makes the pseudo-labels | EMATeacher | the student in eval mode -> its moving average
+# who makes the pseudo-labels | EMATeacher | the student (of its own w in training mode, which batch
+#     norm notices) -> its moving average, in eval mode
 # best concept of a class, times 100, softmax over classes, then 0.9 | FrozenGuidance
 # image padded black before normalising, no loss sees it | scale_crop_flip
 # masks are resized to PIL's nearest | scale_crop_flip

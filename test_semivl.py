@@ -268,7 +268,7 @@ def test_every_stage_of_the_forward_pass_equals_the_authors(authors):
 
 
 @torch.no_grad()
-def test_an_image_of_odd_size_is_padded_as_by_the_authors(authors):
+def test_features_of_an_image_of_odd_size_equal_the_authors(authors):
     dense, (skip0, skip4) = authors.clip(random_normal(7, (1, 3, 65, 55)))
     assert dense.shape == (1, 512, 5, 4)
     assert_golden("odd skip_layer0", skip0)
@@ -324,7 +324,7 @@ def test_losses_and_gradients_of_a_step_equal_the_authors(variant, monkeypatch):
     def mixed(view, box):
         def paste(t):
             return semivl.cutmix(t, t.flip(0), box)
-        return paste(view), targets.map(paste)
+        return paste(view), targets.apply(paste)
 
     views = {"s1": mixed(s1, box1), "s2": mixed(s2, box2), "fp": (w, targets)}
     losses = semivl.semivl_loss(student, x, y, views, guidance_weight=0.075, conf=conf)
@@ -575,7 +575,7 @@ def test_cutmix_moves_image_and_all_targets_together():
     images = value.float().unsqueeze(1).repeat(1, 3, 1, 1)
     box = torch.tensor([[2, 1, 5, 7], [0, 0, 0, 0]])
     mixed = semivl.cutmix(images, images.flip(0), box)
-    t = targets.map(lambda t: semivl.cutmix(t, t.flip(0), box))
+    t = targets.apply(lambda t: semivl.cutmix(t, t.flip(0), box))
     expected = value.clone()
     expected[0, 2:5, 1:7] = value[1, 2:5, 1:7]
     assert torch.equal(t.label, expected)
@@ -1651,6 +1651,22 @@ def test_the_benchmark_prints_json(folder, capsys):
     assert {"teacher", "guidance", "student forward", "backward", "optimiser"} < set(phases)
     assert all(seconds > 0 for seconds in phases.values())
     assert result["samples_per_second_per_core"] > 0
+
+
+@pytest.mark.parametrize("table, rows", [("memory", 4), ("growth", 1), ("loader", 1)])
+def test_the_tables_of_the_benchmark_are_printed(table, rows, monkeypatch, capsys):
+    monkeypatch.setattr(data_prep, "PUBLISHED", {"voc": {}})  # of each table VOC's part
+    monkeypatch.setattr(data_prep, "GROWTH", [("voc", 64)])
+    monkeypatch.setattr(data_prep, "SIZES", {"voc": (500, 375)})
+    assert semivl.main(["--benchmark", table]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[-rows:]]
+    if table == "memory":  # name, classes, crop, precision, recompute, GB kept, ...
+        assert [line[4] for line in lines] == ["off", "on"] * 2
+        assert 0 < float(lines[1][5]) < float(lines[0][5])
+        assert float(lines[2][5]) < float(lines[0][5])  # bf16
+    else:  # classes, crop, seconds; or name, size, ..., samples a second
+        assert lines[0][0] == {"growth": "21", "loader": "voc"}[table]
+        assert float(lines[0][2 if table == "growth" else -1]) > 0
 
 
 def test_help_shows_every_setting(capsys):
