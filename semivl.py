@@ -88,8 +88,8 @@ class Config:
 
     unlabelled: bool = setting("method", True, "use the unlabelled images")
     conf: float = setting("method", 0.95, "confidence from which a pseudo-label counts", high=1)
-    weighting: str = setting("method", "pixel", "weight of a pseudo-label: pixel: 1 from conf on, "
-                             "else 0; mean, share: its image's mean confidence, share from conf on",
+    weighting: str = setting("method", "pixel", "weight of a pseudo-label; pixel: 1 from conf on, "
+                             "else 0; mean: its image's mean confidence; share: its share of ones",
                              choices=("pixel", "mean", "share"))
     guidance: float = setting("method", 0.1, "weight of frozen CLIP's loss; falls to 0 in the run")
     guidance_conf: float = setting("method", 0.9, "conf of frozen CLIP's labels", high=1)
@@ -141,8 +141,8 @@ IGNORE = 255  # "no label" in every mask, whatever a folder's files call it
 # ----------------------------------------------------------------------------------------------
 # 2. Language: what are classes called, what do they mean? (paper: Class Definition Guidance)
 # In: class names and their concepts. Out: text embeddings [N, E] and [K, E].
-# A name alone is a poor prompt: hardly a picture's caption says "background". So a class is defined
-# by concepts. Two readers get two texts: frozen CLIP compares each place with every concept and
+# A name alone is a poor prompt: hardly any caption says "background". So a class is defined by
+# concepts. Two readers get two texts: frozen CLIP compares each place with every concept and
 # takes the best of a class; the decoder gets one vector a class, its name (or, on Cityscapes, the
 # mean of its concepts): it is trained, so a poor name costs it less. Of VOC: "bus": bus, minibus;
 # "person": person, people, baby, face; "background": 45 things, from bed to vehicle interior.
@@ -336,7 +336,7 @@ def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
 def copy_trained(module: nn.Module) -> nn.Module:
     """A frozen twin with its own copy of the parameters that train, and the very same frozen ones.
 
-    Teacher and guidance need own values of what trains (the teacher averages them, guidance keeps
+    Teacher and guidance need their own of what trains (the teacher averages them, guidance keeps
     them as they were); the other two thirds exist once in memory. Traps: weights loaded into a twin
     overwrite what it shares; a parameter that begins to train later is still shared."""
     # deepcopy takes what `memo` already holds for an object instead of copying it.
@@ -387,7 +387,7 @@ def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=group_norm):
 
 def conv_by_parts(conv: nn.Conv2d, parts: list) -> list:
     """Parts whose sum is conv(torch.cat(parts, dim=1)), for a conv without bias, stride, dilation:
-    it is linear, so nothing is concatenated, and what images or places share is convolved once."""
+    it is linear, so nothing is concatenated; what classes or places share is convolved once."""
     weights = conv.weight.split([part.shape[1] for part in parts], dim=1)
     return [F.conv2d(part, k, padding=conv.padding) for part, k in zip(parts, weights)]
 
@@ -415,7 +415,7 @@ class SemanticReasoning(nn.Module):
     """Classes against each other: at each place a transformer layer whose tokens are the classes.
 
     x [B, N, C, h, w], text [N, C] -> [B, N, C, h, w]. Where "road" is sure, "boat" is unlikely. The
-    text tells the layer which class each token is, without a weight that belongs to one."""
+    text tells the layer which class each token is, without a weight for any class."""
 
     def __init__(self):
         super().__init__()
@@ -508,8 +508,8 @@ class LanguageGuidedDecoder(nn.Module):
 
     def by_classes(self, function, x, *shared):
         """function(x, *shared) on a few of the classes of x [B, N, ...] at a time; inside it, N is
-        their number. Without gradients 150 classes then need little more memory than 21. With them
-        they do under `recompute`, where the backward pass computes each group once more."""
+        their number. Without gradients 150 classes then need little more memory than 21; with them,
+        too, under `recompute`, where the backward pass computes each group once more."""
         if self.recompute and torch.is_grad_enabled():
             function = partial(checkpoint, function, use_reentrant=False)
         parts = x.split(max(1, MAPS_AT_ONCE // len(x)), dim=1)
@@ -528,7 +528,7 @@ class VisionDecoder(nn.Module):
     """The baseline without language: DeepLabV3+ on the same ViT, as in UniMatch.
 
     Same arguments as the language-guided decoder's forward (it ignores the text and, as published,
-    the shallow skip), but the last layer has N fixed outputs. Logits [B, N, h, w]."""
+    the shallow skip); the last layer has N fixed outputs. Logits [B, N, h, w]. To train, B > 1."""
 
     def __init__(self, embed_dim: int, skip_dim: int, classes: int, width: int = 64):
         super().__init__()
@@ -569,7 +569,7 @@ class SemiVL(nn.Module):
         """[B, 3, H, W], normalised -> logits [B, N, H, W].
 
         The last `perturb` images of the batch get UniMatch's feature perturbation: of the dense
-        embedding and of each skip map half of the channels become 0, whole maps, others double."""
+        embedding and each skip map, half of the channels are zeroed whole, the others doubled."""
         dense, (shallow, deep) = self.clip(images)
         if self.conv is not None:
             shallow = self.conv(images)[-1]  # timm gives a list
@@ -590,7 +590,7 @@ class FrozenGuidance(nn.Module):
 
     It has never seen a mask, but it does not drift: its labels keep the student from confirming its
     own mistakes where the few labelled images say nothing. Traps: without the scale of 100 softmax
-    of cosines is flat, and no threshold means anything; many concepts win often (as published).
+    of cosines is flat, and thresholds mean nothing; a class of many concepts has more chances.
 
     Args:
         clip: a DenseCLIP that nobody trains (see `copy_trained`).
@@ -674,7 +674,7 @@ def assemble(cfg: Config, visual, text: torch.Tensor, conv_weights: str = "none"
 
 
 def normalize(images: torch.Tensor, cfg: Config) -> torch.Tensor:
-    """uint8 [..., 3, H, W] -> float, by the statistics the model was trained with."""
+    """uint8 [..., 3, H, W] -> float, by the statistics that section 3 tells of."""
     clip_stats = data_prep.clip_statistics(cfg.clip, cfg.clip_tag)
     mean, std = IMAGENET_STATS if cfg.authors_clip or cfg.conv_skip else clip_stats
     # After the copy to the device: bytes are a quarter of the traffic.
@@ -953,13 +953,13 @@ def segment(model, image: torch.Tensor, cfg: Config, device) -> torch.Tensor:
     images = normalize(image[None].to(device), cfg)
     with data_prep.autocast(cfg, device):
         scores = sliding_window(model, images, cfg.crop, stride, cfg.window_mode)
-    # Back to the mask's size; align_corners as the authors do here, and only here.
+    # Back to the mask's size. Here the authors align corners; in `SemiVL.forward` they do not.
     return F.interpolate(scores, (H, W), mode="bilinear", align_corners=True)[0]
 
 
 def confusion_matrix(prediction, target, classes: int) -> torch.Tensor:
     """Pixel counts [N, N], rows truth, columns prediction, of two label maps of one shape; where
-    target is IGNORE it is left out. ValueError for a label that is no class elsewhere.
+    target is IGNORE it is left out. Elsewhere a label of `classes` or more raises ValueError.
 
         >>> matrix = confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), 2)
         >>> iou_per_class(matrix).tolist()
@@ -1059,7 +1059,7 @@ class Training:
 
     def views(self, data: dict) -> dict:
         """What the student is to learn of unlabelled images: "s1", "s2" (strong views after CutMix)
-        and "fp" (the weak view) -> a pair of images, uint8 [B, 3, H, W], and their Targets."""
+        and "fp" (the weak view) -> (images, uint8 [B, 3, H, W]; their Targets)."""
         guidance = self.guidance if self.cfg.guidance else None
         with data_prep.autocast(self.cfg, self.device):
             parts = [make_targets(self.teacher, guidance, normalize(data["w"][chunk], self.cfg),
@@ -1096,8 +1096,8 @@ class Training:
         chunks, sums = self.micro_batches(data), {}
         first = self.step * cfg.batch + data_prep.process()[0] * len(data["x"])
         for chunk in chunks:
-            # Seeded by the position in the run, so that which features are dropped depends neither
-            # on resuming nor on the number of processes.
+            # Seeded by the position in the run: what is dropped depends neither on resuming nor (as
+            # long as micro-batches stay as large) on the number of processes.
             torch.manual_seed(cfg.seed * STREAM + STREAM // 2 + first + chunk.start)
             x, y = normalize(data["x"][chunk], cfg), data["y"][chunk].long()
             part = {name: (normalize(view[chunk], cfg), t.apply(lambda a: a[chunk]))
@@ -1187,10 +1187,10 @@ def main(argv=None) -> None:
 # masks are resized to PIL's nearest | scale_crop_flip
 # images are resized | scale_crop_flip, segment | VOC, ADE20K: no antialiasing -> always with it
 # a CutMix box keeps its area until it fits | cutmix_box
-# CutMix partner | Training.views | another crop of the same image -> mirrored image of the batch
+# CutMix partner | Training.views | another crop of the same image -> image B - 1 - i
 # feature dropout: whole channels, dense map and skips, not the text | SemiVL.forward
 # L_s: divided by all unpadded pixels, kept or not | consistency_loss
-# mean and share weighting | consistency_loss | over the batch, padding summed -> each image's own
+# mean and share weighting | consistency_loss | sums of batch and padding -> each image's own
 # G: divided by all pixels, padding too; weight falls linearly to 0 | guidance_loss, train_step
 # weight decay on norms, too; steps 0 and 1 at the base rate | make_optimizer, learning_rate
 # windows: logits averaged, on Cityscapes probabilities, other starts | window_starts
