@@ -1197,19 +1197,6 @@ def save_whole(content: dict, file: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def record(run, teacher: float, student: float) -> dict:
-    """Stores an evaluation (mIoU, percent), writes best.pt -> its line for the log, with the
-    classes' shares of the accepted pseudo-labels: if mIoU falls, one may have taken over."""
-    shares = (run.accepted / run.accepted.sum().clamp(min=1)).tolist()
-    run.accepted.zero_()
-    run.evaluated, run.last = run.step, teacher
-    if teacher > run.best:
-        run.best = teacher
-        save_run(run, "best.pt", resumable=False)
-    return dict(val_miou=teacher, student=student, best=run.best,
-                pseudo_labels=dict(zip(run.folder.classes, shares)))
-
-
 def save_run(run, name: str, resumable: bool) -> None:
     """Writes the teacher, and with `resumable` everything the next step depends on."""
     content = {k: getattr(run, k) for k in ("step", "evaluated", "last", "best")}
@@ -1288,17 +1275,12 @@ def loader(pictures, start: int, cfg, device: torch.device):
     mine = [i for i in range(start, len(pictures)) if i % cfg.batch // share == rank]
     yield from torch.utils.data.DataLoader(
         pictures, share, sampler=mine, worker_init_fn=quiet_worker,
-        num_workers=loaders(cfg.workers), pin_memory=device.type == "cuda")
+        num_workers=min(cfg.workers, os.cpu_count() or 1), pin_memory=device.type == "cuda")
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
     """The tensors of a batch, still bytes: a quarter of what floats would take to copy."""
     return {k: v.to(device, non_blocking=True) for k, v in batch.items() if k != "files"}
-
-
-def loaders(asked: int) -> int:
-    """How many loader processes to start: what is asked for, but not more than there are cores."""
-    return min(asked, os.cpu_count() or 1)
 
 
 def mistakes_in_one_line(main):
@@ -1469,15 +1451,24 @@ class Recorder:
                    f"definitions ({len(few)} validation images)")
 
     def evaluation(self, batch: dict | None) -> None:
-        """Validation mIoU of teacher and student (with ema 0 the same model); stores the run; draws
-        the views of the batch."""
+        """Validation mIoU of teacher and student (with ema 0 the same model), and the classes'
+        shares of the accepted pseudo-labels: if mIoU falls, one may have taken over. Stores the
+        run, draws the views of the batch."""
         run = self.run
         teacher = student = self.miou(run.teacher, run.folder.val, "validation, teacher")
         if run.cfg.ema:
             student = self.miou(run.student.eval(), run.folder.val, "validation, student")
             run.student.train()
         with self.uninterrupted():
-            self.log.evaluation(record(run, teacher, student))
+            shares = (run.accepted / run.accepted.sum().clamp(min=1)).tolist()
+            run.accepted.zero_()
+            run.evaluated, run.last = run.step, teacher
+            if teacher > run.best:
+                run.best = teacher
+                save_run(run, "best.pt", resumable=False)
+            self.log.evaluation(dict(
+                val_miou=teacher, student=student, best=run.best,
+                pseudo_labels=dict(zip(run.folder.classes, shares))))
             save_run(run, "last.pt", resumable=True)
             draw_progress(self.method, run, batch)
 
