@@ -1,154 +1,196 @@
 """SemiVL in one file: semi-supervised semantic segmentation with vision-language guidance.
-
 Paper: Hoyer, Tan, Naeem, Van Gool, Tombari, "SemiVL", ECCV 2024, arXiv 2311.16241.
 
-A few images with masks, many without, and a CLIP that knows what words look like:
+A few images have masks, many have none, and CLIP knows what words look like. One training step:
 
-    labelled image x, mask y                      unlabelled image
-              |                     /                    |                  \\
-       scale, crop, flip        weak view w       strong view s1       strong view s2
-              |                 |    |    |              |                    |
-              |      EMA TEACHER  FROZEN CLIP |    CutMix, of the views and of the targets
-              |            |          |       |          |                    |
-              |            +- targets-+       |          |                    |
-              v                               v          v                    v
-       STUDENT(x)          STUDENT(w, features dropped)  STUDENT(s1)          STUDENT(s2)
-              |                               |          |                    |
-       cross-entropy with y     cross-entropy with the targets: the teacher's pseudo-labels,
-                                and what frozen CLIP takes each pixel for
+    labelled image x, mask y           unlabelled image, one random crop of it
+          |                  /                      |                   \\
+          |             weak view w           strong view s1       strong view s2
+          |             |         |                 |                    |
+          |       EMA TEACHER     |     CutMix pastes a box of another image into s1 and s2,
+          |       FROZEN CLIP     |     and that image's targets into their targets
+          |             |         |                 |                    |
+          |          targets -----|---> targets of s1 and s2             |
+          |             |         |           |     |                    |
+       STUDENT          |      STUDENT,       |  STUDENT              STUDENT
+          |             |      half of the    |     |                    |
+          |             |      channels off   |     |                    |
+       loss x           +-----> loss fp       +-> loss s1 -----------> loss s2
+       (with y)
 
-    The targets go to all three losses; those of s1 and s2 after CutMix, which pastes a box of
-    another unlabelled image. The published method has no EMA teacher (`--ema 0`: the student
-    teaches itself); section 12 lists every detail that matters.
+The targets are the teacher's pseudo-labels with their confidence, and the labels of frozen CLIP.
+The published method has no EMA teacher: there the student labels w itself (`--ema 0`).
 
-    python semivl.py                                       the built-in toy world: minutes, a CPU
-    python semivl.py --dataset FOLDER --labels 8           your own pictures (README.md)
-    python semivl.py --dataset voc --labels 92             the published data, schedule and test;
-                                 --ema 0 --authors-clip on  nearest to the published method, too
-    python semivl.py --eval CKPT, --predict CKPT a.png     IoU per class; masks of pictures
-    python semivl.py --ladder                              what each idea buys, in the toy world
+    python semivl.py                                      the built-in toy world: minutes on a CPU
+    python semivl.py --dataset FOLDER --labels 8          your own images (section 7, README.md)
+    python semivl.py --dataset voc --labels 92            published data, schedule, test protocol
+    python semivl.py --resume runs/voc-92                 goes on with a run that was stopped
+    python semivl.py --eval runs/voc-92/last.pt           IoU per class
+    python semivl.py --predict runs/voc-92/last.pt a.jpg  mask and overlay of any image
+    torchrun --nproc-per-node=4 semivl.py --dataset voc   four GPUs
 
-Letters for shapes, in every comment below:
-    B images, N classes, K concepts, H x W image, P patch, h = ceil(H/P), w = ceil(W/P), D width of
-    the ViT, E width of CLIP's joint space, T = 1 + h*w tokens, C = 128 channels of a class's map.
-In sections 7, 8, 10 x is the labelled image, w the weak view; elsewhere x is features, w patches.
+Sections 2 to 9 are the method in the order of the data flow; 10 trains; 11 to 13 are the program.
+Letters for shapes, in every comment: B images, N classes, K concepts, H x W image, P patch side,
+gh x gw patches (H/P, W/P rounded up), T = 1 + gh*gw tokens, D width of the ViT, E width of CLIP's
+joint space of images and text, C = 128 channels of one class's map. In prose x is the labelled
+image; inside a module `x` is whatever features flow through it.
 """
 
+import argparse
+import contextlib
 import copy
 import dataclasses
+import json
 import math
+import os
+import re
+import signal
 import sys
-from contextlib import closing
+import tempfile
+import time
 from functools import lru_cache, partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import open_clip
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
-import data_prep
-from data_prep import UserError, setting
-
 # ----------------------------------------------------------------------------------------------
-# 1. Settings: one flat config; presets hold the published recipes; the command line overrides
-# On a first reading skip to section 2; what matters: conf, guidance, guidance_conf, ema, finetune.
+# 1. Settings: one flat Config; PRESETS hold the published recipes; the command line overrides both
 
 @dataclasses.dataclass
 class Config:
-    """Every field is an option of the same name (`micro_batch` is `--micro-batch`)."""
+    """Each field is an option (`micro_batch` is --micro-batch), its comment the line of --help."""
 
-    dataset: str = setting("data", "voc", "toy, voc, coco, ade20k, cityscapes, or a FOLDER")
-    labels: int = setting("data", 92, "how many labelled images to use", low=1)
-    root: str = setting("data", "data", "where data sets are kept")
-    crop: int = setting("data", 512, "side of training crop and test window, pixels", low=1)
-    fit: bool = setting("data", True, "fit images to the crop before scaling, and for evaluation")
-    scale_min: float = setting("data", 0.5, "random scale of training images, from", low=0.1)
-    scale_max: float = setting("data", 2.0, "random scale of training images, to", low=0.1)
-    workers: int = setting("data", 4, "processes that load images; 0: none")
+    # Data
+    dataset: str = "voc"  # toy, voc, coco, ade20k, cityscapes, or a FOLDER
+    labels: int = 92  # how many images have a mask; all others of train.txt count as unlabelled
+    root: str = "data"  # folder in which the named data sets are kept
+    crop: int = 512  # side of the training crop and of the test window, pixels
+    fit: bool = True  # fit images to the crop before scaling them, and for evaluation
+    scale_min: float = 0.5  # smallest factor of the random scale
+    scale_max: float = 2.0  # largest factor of the random scale
+    workers: int = 4  # processes that load images; 0: the training process itself
+    # Model
+    clip: str = "ViT-B-16-quickgelu"  # a plain ViT CLIP of open_clip; toy; or local-dir:FOLDER
+    clip_tag: str = "openai"  # which of open_clip's pretrained weights
+    clip_weights: str = ""  # FILE of CLIP weights; none: random; '': those of the tag
+    authors_clip: bool = False  # the authors' GELU, LayerNorm eps and image statistics
+    decoder: Literal["language", "vision"] = "language"  # vision: DeepLabV3+
+    decoder_text: Literal["names", "mean"] = "names"  # of a class; mean: of its concepts
+    definitions: bool = True  # frozen CLIP looks for a class's concepts; off: for its name
+    finetune: Literal["spatial", "all", "none"] = "spatial"  # in the ViT; attention and position
+    conv_skip: bool = False  # take the shallow skip from a ResNet-101 stem (Cityscapes)
+    conv_weights: str = ""  # FILE of the stem's weights; none: random; '': timm's
+    # Method
+    unlabelled: bool = True  # use the unlabelled images
+    conf: float = 0.95  # lowest confidence of a pseudo-label that is used
+    weighting: Literal["pixel", "mean", "share"] = "pixel"  # of pseudo-labels: `consistency_loss`
+    guidance: float = 0.1  # weight of frozen CLIP's losses; falls linearly to 0
+    guidance_conf: float = 0.9  # lowest probability of a label of frozen CLIP that is used
+    ema: float = 0.996  # decay of the EMA teacher; 0: the student teaches itself
+    # Training
+    steps: int = 0  # optimiser steps; 0: as many as --epochs has
+    epochs: int = 80  # passes over the unlabelled images
+    batch: int = 8  # labelled images a step, and as many unlabelled ones
+    micro_batch: int = 2  # how many of them at a time; their gradients accumulate
+    lr: float = 1e-3  # learning rate of the decoder
+    vit_lr: float = 1e-6  # learning rate of the ViT, and of the stem of conv_skip
+    weight_decay: float = 0.01  # AdamW's, on everything that trains
+    evals: int = 20  # evaluations during the run
+    save_every: int = 500  # steps from one writing of last.pt to the next
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: autocast; auto: bf16 on CUDA only
+    recompute: bool = False  # the decoder takes less memory and more time
+    # Evaluation and run
+    window_mode: Literal["logits", "probabilities"] = "logits"  # what overlapping windows average
+    stride: int = 0  # stride of the test window, pixels; 0: 5/6 of the crop
+    out: str = ""  # folder for what is written; '': runs/DATASET-LABELS, numbered if taken
+    seed: int = 0  # of labelled draw, weights, order and augmentation
+    device: str = "auto"  # auto, cuda, mps or cpu
+    def __post_init__(self):
+        lowest = dict.fromkeys("labels crop epochs batch micro_batch evals save_every".split(), 1)
+        wrong = [k for k, v in vars(self).items() if isinstance(v, (int, float)) and not (
+            lowest.get(k, 0) <= v <= (1 if k in ("conf", "guidance_conf", "ema") else math.inf))]
+        require(not wrong, f"out of range: {', '.join(wrong)}")
+        require(self.batch % self.micro_batch == 0, "--micro-batch must divide --batch")
+        require(self.stride <= self.crop, "--stride is above --crop: pixels would be left out")
 
-    clip: str = setting("model", "ViT-B-16-quickgelu", "open_clip model; toy: the tiny one")
-    clip_tag: str = setting("model", "openai", "which of open_clip's pretrained weights")
-    clip_weights: str = setting("model", "", "FILE of CLIP weights, or none: random; '': by tag")
-    authors_clip: bool = setting("model", False, "the authors' GELU, eps, image statistics")
-    decoder: str = setting("model", "language", "or DeepLabV3+", choices=("language", "vision"))
-    decoder_text: str = setting("model", "names", "text of a class for the decoder: its name, or "
-                                "the mean of its concepts", choices=("names", "mean"))
-    definitions: bool = setting("model", True, "describe a class by its concepts, not its name")
-    finetune: str = setting("model", "spatial", "what trains in the ViT; spatial: attention and "
-                            "position embedding", choices=("spatial", "all", "none"))
-    conv_skip: bool = setting("model", False, "a ResNet-101 stem for the shallow skip (Cityscapes)")
-    conv_weights: str = setting("model", "", "FILE of its weights, or none: random; '': timm's")
-
-    unlabelled: bool = setting("method", True, "use the unlabelled images")
-    conf: float = setting("method", 0.95, "confidence from which a pseudo-label counts", high=1)
-    weighting: str = setting("method", "pixel", "weight of a pseudo-label; pixel: 1 from conf on, "
-                             "else 0; mean: its image's mean confidence; share: its share of ones",
-                             choices=("pixel", "mean", "share"))
-    guidance: float = setting("method", 0.1, "weight of frozen CLIP's loss; falls to 0 in the run")
-    guidance_conf: float = setting("method", 0.9, "conf of frozen CLIP's labels", high=1)
-    ema: float = setting("method", 0.996, "decay of the teacher; 0: the student itself", high=1)
-
-    steps: int = setting("training", 0, "optimiser steps; 0: by epochs")
-    epochs: int = setting("training", 80, "or by passes over the unlabelled images", low=1)
-    batch: int = setting("training", 8, "labelled images a step, and as many unlabelled", low=1)
-    micro_batch: int = setting("training", 2, "of these at a time; gradients are averaged", low=1)
-    lr: float = setting("training", 1e-3, "learning rate of the decoder")
-    vit_lr: float = setting("training", 1e-6, "learning rate of the ViT, and of conv_skip")
-    weight_decay: float = setting("training", 0.01, "AdamW's, on everything that trains")
-    evals: int = setting("training", 20, "evaluations during a run", low=1)
-    save_every: int = setting("training", 500, "steps between writings of last.pt", low=1)
-    precision: str = setting("training", "auto", "bf16: autocast; auto: bf16 on CUDA only",
-                             choices=("auto", "fp32", "bf16"))
-    recompute: bool = setting("training", False, "decoder keeps less memory, takes more time")
-
-    window_mode: str = setting("evaluation", "logits", "what is averaged where windows overlap",
-                               choices=("logits", "probabilities"))
-    stride: int = setting("evaluation", 0, "step of the window, pixels; 0: 5/6 of the crop")
-
-    out: str = setting("run", "", "folder of the run; '': runs/DATASET-LABELS, numbered")
-    seed: int = setting("run", 0, "of labels drawn, weights, order, augmentation", high=10**9)
-    device: str = setting("run", "auto", "auto, cuda, mps or cpu")
-
-
-# What a data set changes of the defaults, which are VOC's (and a FOLDER's). No --dataset: toy,
-# whose run is short: a quicker teacher, and frozen CLIP has ten times the say.
+# What each data set changes. The defaults above are VOC's, and those of a FOLDER. The toy's run is
+# short, so its teacher follows faster and frozen CLIP has ten times the weight.
 PRESETS = {
-    "toy": dict(
-        dataset="toy", labels=4, crop=64, fit=False, scale_min=0.8, scale_max=1.25, workers=0,
-        clip="toy", conf=0.9, guidance=1.0, ema=0.98, steps=240, batch=4, micro_batch=4,
-        vit_lr=1e-4, evals=2),
+    "toy": dict(dataset="toy", labels=4, crop=64, fit=False, scale_min=0.8, scale_max=1.25,
+                workers=0, clip="toy", conf=0.9, guidance=1.0, ema=0.98, steps=240, batch=4,
+                micro_batch=4, vit_lr=1e-4, evals=2),
     "voc": dict(),
     "coco": dict(labels=232, fit=False, epochs=10, micro_batch=1, lr=4e-3, vit_lr=4e-7),
     "ade20k": dict(labels=158, epochs=40, micro_batch=1, lr=4e-3, vit_lr=4e-7),
-    "cityscapes": dict(
+    "cityscapes": dict(  # steps: 240 epochs of the split of 186; stride: 2/3 of the crop
         labels=100, fit=False, crop=801, steps=240 * 349, micro_batch=1, lr=5e-4, vit_lr=5e-6,
         conv_skip=True, decoder_text="mean", weighting="mean", window_mode="probabilities",
-        stride=534),
-}  # 349 steps: an epoch of the 186 split, whatever --labels is; 534: two thirds of the crop
+        stride=534)}
+IGNORE = 255  # "no label" in every mask in memory, whatever value a folder's files have for it
 
-# All chance is a function of (seed, position in the run), so that a resumed run repeats it. Seed s
-# owns the numbers from s * STREAM on: half of them for augmentation, half for feature dropout.
-STREAM = 10**9
-IGNORE = 255  # "no label" in every mask, whatever a folder's files call it
+def require(condition, message: str) -> None:
+    """A mistake of the user, who gets to see one line."""
+    if not condition:
+        raise ValueError(message)
+
+@contextlib.contextmanager
+def about(what):
+    """Whatever goes wrong inside becomes one ValueError that begins with `what`, mostly a file."""
+    try:
+        yield
+    except Exception as error:  # PIL, json, torch and the network all raise what they like
+        reason = (getattr(error, "strerror", None) or "").lower() or str(error) or repr(error)
+        reason = " ".join(reason.split()).split(". ")[0]  # after that torch gives advice
+        raise ValueError(f"{what}: {reason[:300]}") from None
 
 # ----------------------------------------------------------------------------------------------
-# 2. Language: what are classes called, what do they mean? (paper: Class Definition Guidance)
-# In: class names and their concepts. Out: text embeddings [N, E] and [K, E].
-# A name alone is a poor prompt: hardly any caption says "background". So a class is defined by
-# concepts. Two readers get two texts: frozen CLIP compares each place with every concept and
-# takes the best of a class; the decoder gets one vector a class, its name (or, on Cityscapes, the
-# mean of its concepts): it is trained, so a poor name costs it less. Of VOC: "bus": bus, minibus;
-# "person": person, people, baby, face; "background": 45 things, from bed to vehicle interior.
+# 2. Language: what is each class called, and what does it look like?
+# (Paper: Class Definition Guidance.)
+# A class name alone can be a poor prompt: hardly any caption on the web says "background". So a
+# class is defined by a list of concepts, and frozen CLIP calls a pixel by the class of the concept
+# that fits best. The decoder reads one vector a class: the embedding of its name, or (Cityscapes)
+# the mean of its concepts. The decoder is trained, so a poor name costs it less.
+# Spelling is as published ("wolve", "skyscaper"): the published weights saw these very strings.
+# On COCO and ADE20K a class has its name as its only concept.
 
-CLASSES = data_prep.CLASSES  # data set -> class, in the order of mask values -> its concepts
-
+DEFINITIONS = {  # data set -> "class: concept|concept" for each class, in the order of mask values
+    "voc": "background: background|bed|building|cabinet|ceiling|curtain|door|fence|floor|grass|"
+    "ground|mountain|road|rock|shelves|sidewalk|sky|snow|tree|wall|water|window|hang glider|"
+    "helicopter|jet ski|go-cart|tractor|emergency vehicle|lorry|truck|lion|stool|bench|wheelchair|"
+    "coffee table|desk|side table|picnic bench|wolve|flowers in a vase|goat|tram|laptop|"
+    "advertising display|vehicle interior; aeroplane: aeroplane|airplane|glider; bicycle: bicycle|"
+    "tricycle|unicycle; bird: bird; boat: boat|ship|rowing boat|pedalo; bottle: bottle|"
+    "plastic bottle|glass bottle|feeding bottle; bus: bus|minibus; car: car|van|large family car|"
+    "realistic toy car; cat: cat|domestic cat; chair: chair|armchair|deckchair; cow: cow; "
+    "diningtable: dining table|table for eating at; dog: dog|domestic dog; horse: horse|pony|"
+    "donkey|mule; motorbike: motorbike|moped|scooter|sidecar; person: person|people|baby|face; "
+    "pottedplant: potted plant|indoor plant in a pot|outdoor plant in a pot; sheep: sheep; "
+    "sofa: sofa; train: train|train carriage; tvmonitor: tv|monitor|standalone screen",
+    "cityscapes": "road: road|street|parking space; sidewalk: sidewalk; building: building|"
+    "skyscaper|house|bus stop building|garage|car port|scaffolding; wall: individual standing "
+    "wall, which is not part of a building; fence: fence|hole in fence; pole: pole|sign pole|"
+    "traffic light pole; traffic light: traffic light; traffic sign: traffic sign|parking sign|"
+    "direction sign; vegetation: vegetation|tree|hedge; terrain: terrain|grass|soil|sand; "
+    "sky: sky; person: person|pedestrian|walking person|standing person|"
+    "person sitting on the ground|person sitting on a bench|person sitting on a chair; "
+    "rider: rider|cyclist|motorcyclist; car: car|jeep|SUV|van; truck: truck|box truck|"
+    "pickup truck|truck trailer; bus: bus; train: train|tram; "
+    "motorcycle: motorcycle|moped|scooter; bicycle: bicycle"}
+DEFINITIONS = {dataset: {name: words.split("|") for name, _, words in (
+    entry.partition(": ") for entry in text.split("; "))} for dataset, text in DEFINITIONS.items()}
 
 @torch.no_grad()
 def encode_text(clip: open_clip.CLIP, names: list[str]) -> torch.Tensor:
@@ -156,495 +198,377 @@ def encode_text(clip: open_clip.CLIP, names: list[str]) -> torch.Tensor:
     tokens = open_clip.tokenize([f"a photo of a {name}" for name in names], clip.context_length)
     return clip.eval().encode_text(tokens.to(clip.token_embedding.weight.device)).float()
 
-
-class Language(NamedTuple):
-    """The text embeddings of one data set; all rows are L2-normalised."""
-
-    decoder_text: torch.Tensor  # [N, E], what the decoder reads
-    names: torch.Tensor  # [N, E], the class names alone
-    concepts: torch.Tensor  # [K, E], what frozen CLIP reads: all concepts, class after class
-    sizes: list[int]  # N numbers whose sum is K: how many concepts each class has
-
-
-def describe_classes(clip, classes: dict[str, list[str]], cfg: Config) -> Language:
-    """Embeds class names and definitions as `cfg.definitions` and `cfg.decoder_text` say."""
-    names = encode_text(clip, list(classes))
-    if not cfg.definitions:
-        classes = {name: [name] for name in classes}
-    concepts = encode_text(clip, [c for group in classes.values() for c in group])
-    sizes = [len(group) for group in classes.values()]
-    if cfg.decoder_text == "mean":
-        # Mean BEFORE normalising, as the authors do: an embedding of larger norm weighs more.
+def describe_classes(clip: open_clip.CLIP, classes: dict[str, list[str]], cfg: Config) -> tuple:
+    """Class name -> its concepts, to text embeddings with L2-normalised rows: for the decoder
+    [N, E]; of the names [N, E]; of the concepts, class after class, for frozen CLIP [K, E]. And N
+    numbers whose sum is K: how many concepts each class has."""
+    text = names = encode_text(clip, list(classes))
+    groups = list(classes.values()) if cfg.definitions else [[name] for name in classes]
+    concepts, sizes = encode_text(clip, sum(groups, [])), [len(group) for group in groups]
+    if cfg.decoder_text == "mean":  # the mean is taken BEFORE normalising, as the authors do
         text = torch.stack([group.mean(0) for group in concepts.split(sizes)])
-    else:
-        text = names
-    return Language(*(F.normalize(t, dim=-1) for t in (text, names, concepts)), sizes)
-
+    return *(F.normalize(t, dim=-1) for t in (text, names, concepts)), sizes
 
 # ----------------------------------------------------------------------------------------------
-# 3. Vision: CLIP answers one question about a whole image; how to ask it about every patch?
-# (Paper: Vision-Language Pre-training; MaskCLIP, Zhou et al., ECCV 2022.)
-# In: images [B, 3, H, W]. Out: dense embedding [B, E, h, w], two skip maps [B, D, h, w].
-# Attention in the last block gathers the image into the class token, so patch outputs are not
-# what the text was trained against. Skipping that attention (MaskCLIP's "value path") lets each
-# patch speak for itself. This works: what the class token gathers is a mean of the patches'
-# VALUES, so the projection to the text's space has been trained on such things. The price is the
-# context that this last attention would have brought. The decoder's skip maps come from early
-# blocks, which still know where exactly things end, and are value paths, too (as published).
+# 3. Dense CLIP: CLIP gives one embedding for a whole image; how do we get one for every patch?
+# (Paper: Vision-Language Pre-training; the trick is MaskCLIP's, Zhou et al., ECCV 2022.)
+# In: images [B, 3, H, W]. Out: dense embedding [B, E, gh, gw] and two skip maps [B, D, gh, gw].
+# CLIP's image embedding is read from the class token. In the last block its attention takes a
+# weighted mean of the patches' VALUE vectors, and that mean is what training has aligned with text.
+# So a single patch's own value vector, sent through the rest of the block, lies close to the text,
+# too. This is the "value path": attention is replaced by the value of the token itself. What we
+# lose is the context that the last attention would have brought to a patch.
+# The decoder also needs to know where things end. It gets that from two skip maps of early blocks,
+# where a patch still describes its own pixels. They are value paths as well; the paper gives no
+# reason for it.
 
-# Mean and standard deviation of images. CLIP was trained with its own; the authors feed it images
-# normalised with ImageNet's (`authors_clip`). The ResNet of `conv_skip` wants ImageNet's: images
-# then come with those, and DenseCLIP turns them back into CLIP's (as the authors do there).
-IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
+# For the ResNet of `conv_skip`, and for `authors_clip`: the authors normalise images like this
+# before CLIP sees them (except on Cityscapes).
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 class QuickGELU(nn.Module):
-    """open_clip's x sigmoid(1.702 x) = silu(1.702 x) / 1.702: backward keeps one tensor."""
-
+    """x sigmoid(1.702 x), written as silu(1.702 x) / 1.702: the backward pass keeps one tensor."""
     def forward(self, x):
         return F.silu(1.702 * x).mul_(1 / 1.702)
 
-
-def transformer_block(block: nn.Module, x: torch.Tensor, attend=True, linear=F.linear):
-    """A pre-norm block of open_clip's ViT on tokens [B, T, D]. Without `attend` it is the value
-    path: each token looks at itself only, so of query, key and value the value is all it needs.
-    linear: or something faster that computes the same."""
+def transformer_block(block: nn.Module, x: torch.Tensor, attend: bool = True) -> torch.Tensor:
+    """A pre-norm block of open_clip's ViT on tokens [B, T, D]; without `attend` its value path."""
     attn, mlp, D = block.attn, block.mlp, x.shape[-1]
     weight, bias, y = attn.in_proj_weight, attn.in_proj_bias, block.ln_1(x)
     if attend:
-        y = linear(y, weight, bias).unflatten(2, (3, attn.num_heads, -1))  # [B, T, 3, heads, .]
+        y = F.linear(y, weight, bias).unflatten(2, (3, attn.num_heads, -1))  # [B, T, 3, heads, .]
         q, k, v = y.permute(2, 0, 3, 1, 4)  # [B, heads, T, .] each
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, T, D]
     else:
-        y = linear(y, weight[2 * D:], bias[2 * D:])
-    x = x + block.ls_1(linear(y, attn.out_proj.weight, attn.out_proj.bias))
-    y = mlp.gelu(linear(block.ln_2(x), mlp.c_fc.weight, mlp.c_fc.bias))
-    return x + block.ls_2(linear(y, mlp.c_proj.weight, mlp.c_proj.bias))  # ls: layer scale, if any
-
+        y = F.linear(y, weight[2 * D:], bias[2 * D:])  # the last third makes the values
+    x = x + block.ls_1(F.linear(y, attn.out_proj.weight, attn.out_proj.bias))  # ls: layer scale
+    y = mlp.gelu(F.linear(block.ln_2(x), mlp.c_fc.weight, mlp.c_fc.bias))
+    return x + block.ls_2(F.linear(y, mlp.c_proj.weight, mlp.c_proj.bias))
 
 def resize_position(position: torch.Tensor, old: tuple, new: tuple) -> torch.Tensor:
-    """Position embedding [1 + old_h * old_w, D] -> [1 + new_h * new_w, D], bicubic."""
+    """Position embedding [1 + old_h * old_w, D] -> [1 + new_h * new_w, D], bicubic.
+    No antialiasing: the published weights were trained with exactly this interpolation."""
     if old == new:
         return position
-    cls, grid = position[:1], position[1:]
-    grid = grid.T.reshape(1, -1, *old)  # [1, D, old_h, old_w]
-    # No antialiasing: the published weights were trained on exactly this interpolation.
+    grid = position[1:].T.reshape(1, -1, *old)  # [1, D, old_h, old_w]
     grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
-    return torch.cat([cls, grid[0].flatten(1).T])
-
+    return torch.cat([position[:1], grid[0].flatten(1).T])
 
 class DenseCLIP(nn.Module):
-    """The visual tower of a plain open_clip ViT, turned into a per-patch image encoder.
-
+    """The visual tower of a plain open_clip ViT, turned into an encoder of patches.
     Args:
-        visual: open_clip's VisionTransformer (`open_clip.create_model(...).visual`).
-        grid: (h, w) that the position embedding is resized to, once, and trained at; an image of
-            any other size interpolates from it in each forward.
-        authors: exact GELU and LayerNorm eps 1e-6, which the authors' weights were trained with;
-            OpenAI's CLIP has QuickGELU and 1e-5.
-        statistics: (mean, std) that images, coming with ImageNet's, are re-normalised to.
-        linear: see `transformer_block`.
-    `visual` itself is changed (position embedding, and with `authors` GELU and eps).
-
+        visual: open_clip's VisionTransformer, `open_clip.create_model(...).visual`; it is changed.
+        grid: (gh, gw) that the position embedding is resized to, once, and trained at. For an image
+            of any other size each forward pass interpolates from it.
+        authors: exact GELU and LayerNorm eps 1e-6, as in the authors' code and for their weights;
+            OpenAI's CLIP was trained with QuickGELU and 1e-5.
+        mean, std: three numbers each; by default those of the images this CLIP was trained with.
+    Raises ValueError if the tower is no plain ViT, or is inside another DenseCLIP already.
         >>> vit = open_clip.create_model("ViT-B-16-quickgelu").visual  # pretrained="openai"
-        >>> dense, (shallow, deep) = DenseCLIP(vit)(torch.randn(1, 3, 64, 96))
+        >>> dense, (shallow, deep) = DenseCLIP(vit)(torch.rand(1, 3, 64, 96))
         >>> dense.shape, shallow.shape
         (torch.Size([1, 512, 4, 6]), torch.Size([1, 768, 4, 6]))
     """
-
-    def __init__(self, visual, grid=None, authors=False, statistics=None, linear=F.linear):
+    def __init__(self, visual, grid=None, authors=False, mean=None, std=None):
         super().__init__()
-        plain = isinstance(visual, open_clip.transformer.VisionTransformer) and all(
-            type(block) is open_clip.transformer.ResidualAttentionBlock
-            for block in visual.transformer.resblocks)
-        if not plain or visual.attn_pool or visual.final_ln_after_pool or (
-                math.prod(visual.grid_size) + 1 != len(visual.positional_embedding)):
-            raise ValueError("DenseCLIP needs a plain ViT of open_clip that no other has wrapped")
-        self.visual = visual
-        self.patch = visual.conv1.kernel_size[0]
-        depth = len(visual.transformer.resblocks)
-        self.skip_blocks = (0, depth // 3)  # 0 and 4 of ViT-B's twelve
-        self.width, self.embed_dim = visual.proj.shape
-        self.grid = grid or tuple(visual.grid_size)
-        position = visual.positional_embedding.detach()
-        position = resize_position(position, tuple(visual.grid_size), self.grid)
+        parts = open_clip.transformer
+        require(isinstance(visual, parts.VisionTransformer) and not visual.attn_pool and {
+            parts.ResidualAttentionBlock} == {*map(type, visual.transformer.resblocks)}
+            and len(visual.positional_embedding) == 1 + math.prod(visual.grid_size)
+            and not visual.final_ln_after_pool,
+            "DenseCLIP needs a plain ViT of open_clip, fresh from create_model")
+        self.visual, self.patch = visual, visual.conv1.kernel_size[0]
+        self.skip_blocks = (0, len(visual.transformer.resblocks) // 3)  # 0 and 4 of ViT-B's twelve
+        (self.width, self.embed_dim), old = visual.proj.shape, tuple(visual.grid_size)
+        self.grid = grid or old
+        position = resize_position(visual.positional_embedding.detach(), old, self.grid)
         visual.positional_embedding = nn.Parameter(position.clone())
         for module in visual.modules():
             if authors and isinstance(module, nn.LayerNorm):
                 module.eps = 1e-6
-            if isinstance(getattr(module, "gelu", None), open_clip.transformer.QuickGELU):
+            if isinstance(getattr(module, "gelu", None), parts.QuickGELU):
                 module.gelu = nn.GELU() if authors else QuickGELU()
-        self.statistics, self.linear = statistics, linear
-
+        mean = mean or getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+        std = std or getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
     def encode(self, images: torch.Tensor, last_attention: bool = False):
-        """[B, 3, H, W] -> tokens in the joint space [B, T, E], the same as a map [B, E, h, w], and
-        the skip maps [B, D, h, w]. With `last_attention`, which the method skips, the first token
-        (the mean of the others, if CLIP pools so) is CLIP's embedding of the image: a check that
-        all weights are in place."""
-        vit, P = self.visual, self.patch
-        if self.statistics:
-            mean, std = IMAGENET_STATS
-            images = VF.normalize(images, [-m / s for m, s in zip(mean, std)], [1 / s for s in std])
-            images = VF.normalize(images, *self.statistics)
-        H, W = images.shape[-2:]
-        x = vit.conv1(F.pad(images, (0, -W % P, 0, -H % P)))  # [B, D, h, w]
-        B, _, h, w = x.shape
-        x = x.flatten(2).transpose(1, 2)  # [B, h*w, D]
-        cls = vit.class_embedding.to(x.dtype).expand(B, 1, -1)
-        x = torch.cat([cls, x], dim=1)  # [B, T, D]
-        x = x + resize_position(vit.positional_embedding, self.grid, (h, w)).to(x.dtype)
-        x = vit.ln_pre(x)
+        """Images [B, 3, H, W] in [0, 1] -> tokens in the joint space [B, T, E], the patches among
+        them as a map [B, E, gh, gw], and the two skip maps [B, D, gh, gw].
+        The method skips the last block's attention. With `last_attention` the first token (or the
+        mean of the others, if this CLIP pools so) is CLIP's embedding of the image: a check."""
+        vit, P, (H, W) = self.visual, self.patch, images.shape[-2:]
+        x = vit.conv1(F.pad((images - self.mean) / self.std, (0, -W % P, 0, -H % P)))
+        B, _, gh, gw = x.shape  # [B, D, gh, gw]
+        x = x.flatten(2).transpose(1, 2)  # [B, gh*gw, D]
+        x = torch.cat([vit.class_embedding.to(x.dtype).expand(B, 1, -1), x], dim=1)  # [B, T, D]
+        position = resize_position(vit.positional_embedding, self.grid, (gh, gw))
+        x = vit.ln_pre(x + position.to(x.dtype))
 
-        def to_map(tokens):  # [B, T, c] -> [B, c, h, w], without the class token
-            return tokens[:, 1:].transpose(1, 2).unflatten(2, (h, w))
+        def to_map(tokens):  # [B, T, .] -> [B, ., gh, gw]; the class token is dropped
+            return tokens[:, 1:].transpose(1, 2).unflatten(2, (gh, gw))
 
-        maps = {}
+        maps, last = {}, len(vit.transformer.resblocks) - 1
         for i, block in enumerate(vit.transformer.resblocks):
-            if i in self.skip_blocks:
-                value = transformer_block(block, x, attend=False, linear=self.linear)
-                maps[i] = to_map(value)  # beside the block's own output, which goes on below
-            last = i + 1 == len(vit.transformer.resblocks)
-            x = transformer_block(block, x, attend=last_attention or not last, linear=self.linear)
+            if i in self.skip_blocks:  # beside the block's own output, which goes on below
+                maps[i] = to_map(transformer_block(block, x, attend=False))
+            x = transformer_block(block, x, attend=i < last or last_attention)  # [B, T, D]
         x = vit.ln_post(x) @ vit.proj  # [B, T, E]
         return x, to_map(x), [maps[i] for i in self.skip_blocks]
-
     def forward(self, images: torch.Tensor):
-        """[B, 3, H, W], normalised -> dense embedding [B, E, h, w], L2-normalised over E, and two
-        skip maps [B, D, h, w], shallow and deep."""
+        """Images [B, 3, H, W] in [0, 1] -> dense embedding [B, E, gh, gw], L2-normalised over E,
+        and the skip maps (shallow, deep), [B, D, gh, gw] each."""
         _, dense, skips = self.encode(images)
         return F.normalize(dense, dim=1), skips
 
-
 # ----------------------------------------------------------------------------------------------
-# 4. Which weights may learn, so that CLIP does not forget? (paper: Spatial Fine-Tuning)
-# In: a DenseCLIP. Out: the same, requires_grad set. Before the optimiser and `copy_trained`.
-# What CLIP lacks is local, spatial reasoning, which lives in attention. What it knows lives in
-# the MLPs. So attention and the position embedding train, the rest stays as it was.
+# 4. Spatial fine-tuning: which weights may learn without making CLIP forget?
+# (Paper: Spatial Fine-Tuning.)
+# CLIP lacks local, spatial reasoning, which lives in attention. What it knows about the world lives
+# in the MLPs. So attention and the position embedding train; everything else stays as it was.
 
 def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
-    """Sets what trains in the ViT: "spatial" (attention, position embedding), "all" or "none".
-
-    ViT-B/16 at 512: spatial trains 29.1 of 86.8 million values, in 49 tensors."""
-    if mode not in ("spatial", "all", "none"):
-        raise ValueError(f"mode {mode!r}: take spatial, all or none")
+    """Sets what trains in the ViT: "spatial" (attention, position embedding), "all" or "none". Call
+    it before `make_optimizer` and `copy_trained`, which both look at `requires_grad`.
+    ViT-B/16 at crop 512: spatial trains 29.1 of 86.8 million values, in 49 tensors."""
+    require(mode in ("spatial", "all", "none"), f"mode {mode!r}: take spatial, all or none")
     for name, tensor in clip.named_parameters():
         spatial = ".attn." in name or name.endswith("positional_embedding")
         tensor.requires_grad_(mode == "all" or (mode == "spatial" and spatial))
     return clip
 
-
 def copy_trained(module: nn.Module) -> nn.Module:
-    """A frozen twin with its own copy of the parameters that train, and the very same frozen ones.
-
-    Teacher and guidance need their own of what trains (the teacher averages them, guidance keeps
-    them as they were); the other two thirds exist once in memory. Traps: weights loaded into a twin
-    overwrite what it shares; a parameter that begins to train later is still shared."""
-    # deepcopy takes what `memo` already holds for an object instead of copying it.
-    shared = {id(p): p for p in module.parameters() if not p.requires_grad}
+    """A frozen twin that owns copies of the parameters that train and shares all the others, so
+    that two thirds of the ViT exist once in memory. Two traps: weights that are loaded into a twin
+    overwrite what it shares, and a parameter that starts to train later is still shared."""
+    shared = {id(p): p for p in module.parameters() if not p.requires_grad}  # deepcopy leaves them
     return copy.deepcopy(module, memo=shared).requires_grad_(False).eval()
 
-
 # ----------------------------------------------------------------------------------------------
-# 5. Language-guided decoder: how does "how similar is this patch to the text" become a mask?
+# 5. Decoders: how does "this patch is that similar to this text" become a mask?
 # (Paper: Language-Guided Decoder.)
-# A usual decoder ends in N filters, each learned from the few masks that show its class. Here every
-# class is an item of a batch: B*N maps of one channel, the similarity to its text. The same weights
-# clean the map of whatever class they are given, so they learn from all classes and take any number
-# of them; the price is N times the convolutions. Sizes and align_corners are the authors'.
-#     dense [B, E, h, w], text [N, E]
-#     -> cosine_maps               [B, N, h, w]
-#     -> spatial reasoning         [B, N, C, h, w]    each class alone: 7 x 7 conv, ASPP
-#     -> semantic reasoning, twice [B, N, C, h, w]    each place alone: the classes see each other
-#     -> two UpStages, with skips  [B, N, 32, 4h, 4w] each class alone
-#     -> head                      [B, N, 4h, 4w]     logits
+# A usual decoder ends in N filters, each learned from the few masks that show its class. Here each
+# class is an item of the batch: B*N maps of one channel, the similarity of every patch to the
+# class's text. The same weights clean up the map of whatever class they are given, so they learn
+# from all classes and work for any number of them. The price is N times the convolutions.
+#     dense [B, E, gh, gw], text [N, E]
+#     -> cosine_maps               [B, N, gh, gw]
+#     -> spatial reasoning         [B, N, C, gh, gw]     within each class: 7 x 7 conv, ASPP
+#     -> semantic reasoning, twice [B, N, C, gh, gw]     across classes, at each place
+#     -> two UpStages, with skips  [B, N, 32, 4gh, 4gw]  within each class
+#     -> head                      [B, N, 4gh, 4gw]      logits
 
 C = 128  # channels of a class's map
-MAPS_AT_ONCE = 32  # of the B*N; more are not faster, but take more memory
-
+MAPS_AT_ONCE = 32  # of the B*N maps; more take more memory and are not faster
 
 def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """How similar is each place to each text? dense [B, E, h, w], text [N, E] -> [B, N, h, w].
-
-    Both sides are normalised here, dense a second time: feature dropout changes its length. float32
-    even under autocast: bf16 knows cosines to 0.002 only, and guidance multiplies them by 100."""
+    """Cosine similarity of places and texts: dense [B, E, gh, gw], text [N, E] -> [B, N, gh, gw].
+    Normalises both sides: feature dropout has changed the length of `dense`. In float32 even under
+    autocast: bf16 rounds a cosine to about 0.002, which guidance would turn into 0.2 of a logit."""
     with torch.autocast(dense.device.type, enabled=False):
         dense, text = F.normalize(dense.float(), dim=1), F.normalize(text.float(), dim=1)
         return torch.einsum("behw,ne->bnhw", dense, text)
 
-
 def group_norm(channels: int) -> nn.GroupNorm:
-    """16 channels a group, as everywhere in the language-guided decoder."""
-    return nn.GroupNorm(channels // 16, channels)
+    return nn.GroupNorm(channels // 16, channels)  # 16 channels a group
 
-
-def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=group_norm):
-    """Convolution that keeps the size, without bias (the norm has one), norm, ReLU."""
-    pad = dilation * (kernel // 2)
-    conv = nn.Conv2d(c_in, c_out, kernel, padding=pad, dilation=dilation, bias=False)
-    # In place is safe: the backward pass of a norm needs its input, not its output.
+def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=group_norm) -> nn.Sequential:
+    """Convolution that keeps the size (without bias: the norm has one), norm, ReLU."""
+    conv = nn.Conv2d(c_in, c_out, kernel, 1, dilation * (kernel // 2), dilation, bias=False)
+    # ReLU may work in place: the backward pass of a norm needs its input, not its output.
     return nn.Sequential(conv, norm(c_out), nn.ReLU(inplace=True))
 
-
-def conv_by_parts(conv: nn.Conv2d, parts: list) -> list:
-    """Parts whose sum is conv(torch.cat(parts, dim=1)), for a conv without bias, stride, dilation:
-    it is linear, so nothing is concatenated; what classes or places share is convolved once."""
+def conv_by_parts(conv: nn.Conv2d, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors whose sum is conv(torch.cat(parts, dim=1)). A convolution is linear, so each part
+    meets its own slice of the weights; a part that all classes share is then convolved only once.
+    conv: without bias, stride or dilation."""
     weights = conv.weight.split([part.shape[1] for part in parts], dim=1)
-    return [F.conv2d(part, k, padding=conv.padding) for part, k in zip(parts, weights)]
-
+    return [F.conv2d(part, w, padding=conv.padding) for part, w in zip(parts, weights)]
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling (DeepLab): one map seen at five fields of view.
-
-    [B, c_in, h, w] -> [B, c_out, h, w]; each of the five branches has `width` channels."""
-
+    """Atrous spatial pyramid pooling (DeepLab): one map seen at five fields of view, a branch of
+    `width` channels each. [B, c_in, gh, gw] -> [B, c_out, gh, gw]."""
     def __init__(self, c_in: int, width: int, c_out: int, norm=group_norm):
         super().__init__()
-        self.branches = nn.ModuleList(
-            [conv_norm_relu(c_in, width, 1, norm=norm)]
-            + [conv_norm_relu(c_in, width, 3, dilation, norm) for dilation in (6, 12, 18)])
+        self.branches = nn.ModuleList([conv_norm_relu(c_in, width, 1, norm=norm)] + [
+            conv_norm_relu(c_in, width, 3, dilation, norm) for dilation in (6, 12, 18)])
         self.pooled = conv_norm_relu(c_in, width, 1, norm=norm)
         self.project = conv_norm_relu(5 * width, c_out, 1, norm=norm)
-
     def forward(self, x):
-        image = self.pooled(x.mean((2, 3), keepdim=True))  # [B, width, 1, 1], for every place
+        whole = self.pooled(x.mean((2, 3), keepdim=True))  # [B, width, 1, 1], the same everywhere
         conv, norm, relu = self.project
-        return relu(norm(sum(conv_by_parts(conv, [b(x) for b in self.branches] + [image]))))
-
+        return relu(norm(sum(conv_by_parts(conv, [b(x) for b in self.branches] + [whole]))))
 
 class SemanticReasoning(nn.Module):
-    """Classes against each other: at each place a transformer layer whose tokens are the classes.
-
-    x [B, N, C, h, w], text [N, C] -> [B, N, C, h, w]. Where "road" is sure, "boat" is unlikely. The
-    text tells the layer which class each token is, without a weight for any class."""
-
+    """Classes against each other: a transformer layer whose sequence is the N classes at a place.
+    x [B, N, C, gh, gw], text [N, C] -> [B, N, C, gh, gw]. Where "road" is sure, "boat" is unlikely.
+    The text tells the layer which class a token is, so it needs no weight of its own per class."""
     def __init__(self):
         super().__init__()
-        self.layer = nn.TransformerEncoderLayer(
-            2 * C, nhead=4, dim_feedforward=4 * C, dropout=0.0, activation="gelu",
-            norm_first=True, batch_first=True)
-
+        self.layer = nn.TransformerEncoderLayer(2 * C, 4, 4 * C, dropout=0.0, activation="gelu",
+                                                norm_first=True, batch_first=True)
     def forward(self, x, text):
-        B, N, _, h, w = x.shape
-        maps = x.flatten(0, 1)  # [B*N, C, h, w]
-        # Relations are coarse: of means over 4 x 4 patches, h' = h // 4, w' = w // 4, at least 1. A
-        # remainder at the edge is left out, and the result resized to h x w, as published.
-        pooled = F.avg_pool2d(maps, (min(4, h), min(4, w)))  # [B*N, C, h', w']
-        size = pooled.shape[2:]
-        tokens = pooled.unflatten(0, (B, N)).permute(0, 3, 4, 1, 2).flatten(0, 2)  # [B*h'*w', N, C]
-        text = text.expand(len(tokens), -1, -1)  # [B*h'*w', N, C]
-        # The layer reads the text; the text's half of its output is dropped.
-        tokens = self.layer(torch.cat([tokens, text], dim=2))[..., :C]  # [B*h'*w', N, C]
-        pooled = tokens.unflatten(0, (B, *size)).permute(0, 3, 4, 1, 2)  # [B, N, C, h', w']
-        refined = F.interpolate(pooled.flatten(0, 1), (h, w), mode="bilinear", align_corners=True)
-        return x + refined.unflatten(0, (B, N))  # beside the layer's own residual, as published
-
+        B, N, _, gh, gw = x.shape
+        # Which classes go together is a coarse question: ask it of means over 4 x 4 patches. This
+        # gives ph = gh // 4, pw = gw // 4, at least 1; a remainder at the edge is left out.
+        pooled = F.avg_pool2d(x.flatten(0, 1), (min(4, gh), min(4, gw)))  # [B*N, C, ph, pw]
+        tokens = pooled.unflatten(0, (B, N)).permute(0, 3, 4, 1, 2).flatten(0, 2)  # [B*ph*pw, N, C]
+        text = text.expand(len(tokens), -1, -1)  # [B*ph*pw, N, C]
+        # The layer reads 2C channels, map and text; of what it returns the map's half is kept.
+        tokens = self.layer(torch.cat([tokens, text], dim=2))[..., :C]  # [B*ph*pw, N, C]
+        pooled = tokens.unflatten(0, (B, *pooled.shape[2:])).permute(0, 3, 4, 1, 2)  # [B,N,C,ph,pw]
+        refined = F.interpolate(pooled.flatten(0, 1), (gh, gw), mode="bilinear", align_corners=True)
+        return x + refined.unflatten(0, (B, N))  # the layer has a residual of its own, too
 
 class UpStage(nn.Module):
-    """Twice the resolution, with detail from a skip map that all classes share.
-
+    """Doubles the resolution and adds detail from a skip map, which all classes share:
     x [B*N, c_in, a, b], skip [B, c_skip, ., .] -> [B*N, c_out, 2a, 2b]."""
-
     def __init__(self, c_in: int, c_skip: int, c_out: int):
         super().__init__()
         self.up = nn.ConvTranspose2d(c_in, c_in - c_skip, 2, stride=2)
         self.convs = nn.Sequential(conv_norm_relu(c_in, c_out, 3), conv_norm_relu(c_out, c_out, 3))
-
     def forward(self, x, skip):
         x = self.up(x)  # [B*N, c_in - c_skip, 2a, 2b]
         skip = F.interpolate(skip, x.shape[2:], mode="bilinear", align_corners=True)  # 2a x 2b
         (conv, norm, relu), second = self.convs
-        x, skip = conv_by_parts(conv, [x, skip])  # the skip's part once, for all the classes here
+        x, skip = conv_by_parts(conv, [x, skip])  # [B*N, c_out, 2a, 2b], [B, c_out, 2a, 2b]
         x = x.unflatten(0, (len(skip), -1)) + skip.unsqueeze(1)  # [B, N, c_out, 2a, 2b]
         return second(relu(norm(x.flatten(0, 1))))
 
-
 class LanguageGuidedDecoder(nn.Module):
     """Similarity maps -> spatial reasoning -> semantic reasoning -> upsampling.
-
-    Args:
-        embed_dim: E, width of CLIP's joint space.
-        shallow_dim, deep_dim: channels of the two skip maps.
-        shallow_width: channels that the shallow one is projected to.
-        recompute: keep less for the backward pass, which then takes longer.
-
+    embed_dim: E, width of CLIP's joint space. shallow_dim, deep_dim: channels of the skip maps.
+    shallow_width: channels that the shallow one is projected to. recompute: see `by_classes`.
         >>> dense, skip = torch.randn(1, 64, 4, 6), torch.randn(1, 96, 4, 6)
         >>> LanguageGuidedDecoder(64, 96, 96)(dense, (skip, skip), torch.randn(5, 64)).shape
         torch.Size([1, 5, 16, 24])
     """
-
     def __init__(self, embed_dim, shallow_dim, deep_dim, shallow_width=16, recompute=False):
         super().__init__()
         self.recompute = recompute
-        self.lift = nn.Conv2d(1, C, 7, padding=3)
-        self.aspp = ASPP(C, C, C)
+        self.lift, self.aspp = nn.Conv2d(1, C, 7, padding=3), ASPP(C, C, C)
         self.text_proj = nn.Sequential(nn.Linear(embed_dim, C), nn.ReLU())
         self.semantic = nn.ModuleList([SemanticReasoning(), SemanticReasoning()])
         self.deep_proj, self.shallow_proj = (
             nn.Sequential(nn.Conv2d(dim, width, 3, padding=1), nn.ReLU())
             for dim, width in ((deep_dim, 32), (shallow_dim, shallow_width)))
-        self.up1 = UpStage(C, 32, 64)
-        self.up2 = UpStage(64, shallow_width, 32)
+        self.up1, self.up2 = UpStage(C, 32, 64), UpStage(64, shallow_width, 32)
         self.head = nn.Conv2d(32, 1, 3, padding=1)
         self.to(memory_format=torch.channels_last)  # in which these convolutions are faster
-
     def spatial_reasoning(self, similarity):
-        """Each class alone: [B, N, h, w] -> [B, N, C, h, w]."""
-        x = self.lift(similarity.flatten(0, 1).unsqueeze(1))  # [B*N, 1, h, w] -> [B*N, C, h, w]
+        """Within each class: [B, N, gh, gw] -> [B, N, C, gh, gw]."""
+        x = self.lift(similarity.flatten(0, 1).unsqueeze(1))  # [B*N, 1, gh, gw] -> [B*N, C, gh, gw]
         return (x + self.aspp(x)).unflatten(0, similarity.shape[:2])
-
     def semantic_reasoning(self, x, text):
-        """Classes against each other, all at once: [B, N, C, h, w], text [N, E] -> the same."""
+        """Across classes, all at once: x [B, N, C, gh, gw], text [N, E] -> [B, N, C, gh, gw]."""
         text = self.text_proj(F.normalize(text, dim=1))  # [N, C]
         for layer in self.semantic:
             x = layer(x, text)
         return x
-
     def upsampling(self, x, shallow, deep):
-        """Each class alone: [B, N, C, h, w] -> logits [B, N, 4h, 4w]."""
-        B, N = x.shape[:2]
-        x = self.up1(x.flatten(0, 1), deep)  # [B*N, 64, 2h, 2w]
-        x = self.up2(x, shallow)  # [B*N, 32, 4h, 4w]
-        return self.head(x).view(B, N, *x.shape[2:])
-
+        """Within each class: x [B, N, C, gh, gw], skips -> logits [B, N, 4gh, 4gw]."""
+        maps = self.up1(x.flatten(0, 1), deep)  # [B*N, 64, 2gh, 2gw]
+        maps = self.up2(maps, shallow)  # [B*N, 32, 4gh, 4gw]
+        return self.head(maps).view(*x.shape[:2], *maps.shape[2:])
     def by_classes(self, function, x, *shared):
-        """function(x, *shared) on a few of the classes of x [B, N, ...] at a time; inside it, N is
-        their number. Without gradients 150 classes then need little more memory than 21; with them,
-        too, under `recompute`, where the backward pass computes each group once more."""
+        """function(x, *shared), called on a few classes of x [B, N, ...] at a time.
+        So prediction for 150 classes needs little more memory than for 21. Training, too, under
+        `recompute`: a group's activations are computed once more in the backward pass."""
         if self.recompute and torch.is_grad_enabled():
             function = partial(checkpoint, function, use_reentrant=False)
         parts = x.split(max(1, MAPS_AT_ONCE // len(x)), dim=1)
         return torch.cat([function(part, *shared) for part in parts], dim=1)
-
     def forward(self, dense, skips, text):
-        """dense [B, E, h, w], skips (shallow, deep) [B, ., ., .], text [N, E]
-        -> logits [B, N, 4h, 4w]."""
-        shallow, deep = skips
+        """dense [B, E, gh, gw], skips (shallow, deep) [B, ., ., .], text [N, E]
+        -> logits [B, N, 4gh, 4gw]."""
         x = self.by_classes(self.spatial_reasoning, cosine_maps(dense, text))
         x = self.semantic_reasoning(x, text)
-        return self.by_classes(self.upsampling, x, self.shallow_proj(shallow), self.deep_proj(deep))
-
+        shallow, deep = self.shallow_proj(skips[0]), self.deep_proj(skips[1])  # [B, 16; 32, ., .]
+        return self.by_classes(self.upsampling, x, shallow, deep)
 
 class VisionDecoder(nn.Module):
     """The baseline without language: DeepLabV3+ on the same ViT, as in UniMatch.
-
-    Same arguments as the language-guided decoder's forward (it ignores the text and, as published,
-    the shallow skip); the last layer has N fixed outputs. Logits [B, N, h, w]. To train, B > 1."""
-
+    Logits [B, N, gh, gw]; text and shallow skip are ignored. Batch norm: to train it, B > 1."""
     def __init__(self, embed_dim: int, skip_dim: int, classes: int, width: int = 64):
         super().__init__()
-        norm = nn.BatchNorm2d
-        self.aspp = ASPP(embed_dim, width, width, norm)
-        self.skip_proj = conv_norm_relu(skip_dim, 48, 1, norm=norm)
-        self.fuse = nn.Sequential(conv_norm_relu(48 + width, 256, 3, norm=norm),
-                                  conv_norm_relu(256, 256, 3, norm=norm))
+        layer = partial(conv_norm_relu, norm=nn.BatchNorm2d)
+        self.aspp = ASPP(embed_dim, width, width, nn.BatchNorm2d)
+        self.skip_proj = layer(skip_dim, 48, 1)
+        self.fuse = nn.Sequential(layer(48 + width, 256, 3), layer(256, 256, 3))
         self.head = nn.Conv2d(256, classes, 1)
-
     def forward(self, dense, skips, text=None):
-        _, deep = skips
-        x = torch.cat([self.skip_proj(deep), self.aspp(dense)], dim=1)  # [B, 48 + width, h, w]
+        x = torch.cat([self.skip_proj(skips[1]), self.aspp(dense)], dim=1)  # [B, 48+width, gh, gw]
         return self.head(self.fuse(x))
-
 
 # ----------------------------------------------------------------------------------------------
 # 6. Three networks: student, frozen CLIP (paper: Dense CLIP Guidance), EMA teacher
-# Who tells the student when there is no mask? The teacher is right more and more often, but its
-# mistakes feed on themselves. Frozen CLIP is coarse, but what it gets wrong does not grow.
-# In: images [B, 3, H, W]. Out: logits [B, N, H, W], or labels [B, H, W].
+# Who tells the student what to say where there is no mask? The teacher grows better, but it learns
+# from the student, so its mistakes feed on themselves. Frozen CLIP is coarse, but never changes.
+# In: images [B, 3, H, W] in [0, 1]. Out: logits [B, N, H, W], or labels [B, H, W].
 
 class SemiVL(nn.Module):
-    """Images -> logits: dense CLIP, optional convolutional skip, decoder. Args:
-        clip: the image encoder.
-        decoder: LanguageGuidedDecoder or VisionDecoder.
-        text: [N, E], one embedding a class.
-        conv: optional (Cityscapes), images -> list; its last map, [B, 256, H/4, W/4], replaces the
-            shallow skip: thin things such as poles are lost in a patch of 16 pixels.
-    """
-
+    """Images -> logits: dense CLIP, an optional convolutional skip, a decoder.
+    text: [N, E], one embedding a class. conv: images -> list whose last map [B, 256, H/4, W/4]
+    replaces the shallow skip. Cityscapes has one: a patch of 16 pixels loses poles and the like."""
     def __init__(self, clip: DenseCLIP, decoder: nn.Module, text: torch.Tensor, conv=None):
         super().__init__()
         self.clip, self.decoder, self.conv = clip, decoder, conv
         self.register_buffer("text", text)
-
-    def forward(self, images: torch.Tensor, perturb: int = 0) -> torch.Tensor:
-        """[B, 3, H, W], normalised -> logits [B, N, H, W].
-
-        The last `perturb` images of the batch get UniMatch's feature perturbation: of the dense
-        embedding and each skip map, half of the channels are zeroed whole, the others doubled."""
+    def forward(self, images: torch.Tensor, num_perturbed: int = 0) -> torch.Tensor:
+        """Images [B, 3, H, W] in [0, 1] -> logits [B, N, H, W].
+        The last `num_perturbed` images of the batch get UniMatch's feature perturbation: of the
+        dense embedding and of each skip map, half of the channels become 0, the others double."""
         dense, (shallow, deep) = self.clip(images)
         if self.conv is not None:
-            shallow = self.conv(images)[-1]  # timm gives a list
-        features = [dense, shallow, deep]
-        if perturb:
-            features = [torch.cat([f[:-perturb], F.dropout2d(f[-perturb:], 0.5)])
-                        for f in features]
-        dense, *skips = features
-        logits = self.decoder(dense, skips, self.text)
-        # Logits cover the image as `encode` padded it. Resizing squeezes them a little; cutting off
-        # the padding would be exact, but the authors' weights are used to this.
+            shallow = self.conv(images)[-1]
+        if num_perturbed:
+            n = len(images) - num_perturbed
+            dense, shallow, deep = (torch.cat([f[:n], F.dropout2d(f[n:], 0.5)])
+                                    for f in (dense, shallow, deep))
+        logits = self.decoder(dense, (shallow, deep), self.text)  # [B, N, 4gh, 4gw]
+        # The logits cover the image with its padding to whole patches; resizing squeezes them a
+        # little. Cutting the padding off would be exact, but the authors' weights are used to this.
         size = images.shape[2:]
         return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
 
-
 class FrozenGuidance(nn.Module):
-    """CLIP as it was before training, asked about every pixel (the paper's dense CLIP guidance).
-
-    It has never seen a mask, but it does not drift: its labels keep the student from confirming its
-    own mistakes where the few labelled images say nothing. Traps: without the scale of 100 softmax
-    of cosines is flat, and thresholds mean nothing; a class of many concepts has more chances.
-
-    Args:
-        clip: a DenseCLIP that nobody trains (see `copy_trained`).
-        concepts: [K, E] text embeddings, class after class.
-        sizes: how many of them each of the N classes has.
-        conf: probability from which a label counts.
-    """
-
-    def __init__(self, clip: DenseCLIP, concepts, sizes: list[int], conf=0.9):
+    """CLIP as it was before training, asked about every pixel.
+    clip: a DenseCLIP that nobody trains (see `copy_trained`). concepts: [K, E] text embeddings,
+    class after class. sizes: how many of them each of the N classes has. conf_thresh: lowest
+    probability of a label that counts."""
+    def __init__(self, clip: DenseCLIP, concepts, sizes: list[int], conf_thresh: float = 0.9):
         super().__init__()
-        self.clip, self.sizes, self.conf = clip, sizes, conf
+        self.clip, self.sizes, self.conf_thresh = clip, sizes, conf_thresh
         self.register_buffer("concepts", concepts)
-
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, 3, H, W], normalised -> zero-shot logits [B, N, H, W], 100 times a cosine."""
+        """Images [B, 3, H, W] in [0, 1] -> zero-shot logits [B, N, H, W], 100 times a cosine."""
         dense, _ = self.clip(images)
-        similarity = cosine_maps(dense, self.concepts)  # [B, K, h, w]
-        # A class is where ANY of its concepts is: the best one speaks for it.
-        groups = similarity.split(self.sizes, dim=1)  # N of [B, concepts of the class, h, w]
-        similarity = torch.stack([group.amax(1) for group in groups], dim=1)  # [B, N, h, w]
+        # A pixel belongs to a class if it shows ANY of its concepts, so the best one counts.
+        groups = cosine_maps(dense, self.concepts).split(self.sizes, dim=1)  # N of [B, ., gh, gw]
+        similarity = torch.stack([group.amax(1) for group in groups], dim=1)  # [B, N, gh, gw]
         similarity = F.interpolate(similarity, images.shape[2:], mode="bilinear")  # [B, N, H, W]
-        return 100 * similarity  # 100 is the scale that CLIP's training ended at
-
+        # 100 is the scale that CLIP's training ended at. Without it the softmax of cosines is
+        # nearly flat, and no threshold makes sense.
+        return 100 * similarity
     def labels(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, 3, H, W] -> guidance labels [B, H, W], IGNORE where CLIP is not sure."""
+        """Images -> guidance labels [B, H, W]: the class, or IGNORE where CLIP is not sure."""
         confidence, label = self(images).softmax(1).max(1)
-        return label.masked_fill(confidence < self.conf, IGNORE)
-
+        return label.masked_fill(confidence < self.conf_thresh, IGNORE)
 
 class EMATeacher:
     """Mean teacher: an exponential moving average of the student makes the pseudo-labels.
-
-    Averaging smooths out single steps' mistakes, so the labels are steadier than the student's. The
-    average is what is tested and saved (UniMatch V2). With decay 0 it equals the student.
-
-        >>> student = nn.Linear(2, 1)
-        >>> teacher = EMATeacher(student, decay=0.99)
-        >>> teacher.update(student, step=0)  # after each optimiser step
-    """
-
+    Averaging smooths out the mistakes of single steps. The average is also what is evaluated and
+    saved, as in UniMatch V2. With decay 0 it equals the student, as in the authors' code."""
     def __init__(self, student: nn.Module, decay: float = 0.996):
         self.model, self.decay = copy_trained(student), decay
-
-    @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits [B, N, H, W] of images [B, 3, H, W]."""
+        """Images [B, 3, H, W] in [0, 1] -> logits [B, N, H, W]."""
         return self.model(images)
-
     @torch.no_grad()
     def update(self, student: nn.Module, step: int) -> None:
         """teacher = decay * teacher + (1 - decay) * student, after optimiser step `step` (from 0).
-
-        The decay grows from 0, so that the random initial decoder is forgotten at once."""
+        The decay grows from 0, so that the random decoder of the first steps is soon forgotten."""
         decay = min(1 - 1 / (step + 1), self.decay)
         for mine, theirs in zip(self.model.parameters(), student.parameters(), strict=True):
             if theirs.requires_grad:
@@ -652,68 +576,134 @@ class EMATeacher:
         for mine, theirs in zip(self.model.buffers(), student.buffers(), strict=True):
             mine.copy_(theirs)  # batch-norm statistics are moving averages already
 
-
-def assemble(cfg: Config, visual, text: torch.Tensor, conv_weights: str = "none") -> SemiVL:
-    """The model that the settings describe, around a visual tower and the classes' text [N, E].
-
-    conv_weights: as the setting; "none" where a checkpoint is about to fill them."""
-    # 801 // 16 = 50, though a padded crop has 51 patches a side: the authors' weights hold 50 x 50.
-    side = cfg.crop // visual.conv1.kernel_size[0]
-    if not side:
-        raise UserError(f"--crop {cfg.crop}: smaller than a patch of --clip {cfg.clip}")
-    stats = data_prep.clip_statistics(cfg.clip, cfg.clip_tag) if cfg.conv_skip else None
-    clip = DenseCLIP(visual, (side, side), cfg.authors_clip, stats, data_prep.linear)
-    spatial_fine_tuning(clip, cfg.finetune)
-    E, D = clip.embed_dim, clip.width
-    if cfg.decoder == "vision":
-        return SemiVL(clip, VisionDecoder(E, D, len(text)), text)
-    if cfg.conv_skip:
-        decoder = LanguageGuidedDecoder(E, 256, D, shallow_width=32, recompute=cfg.recompute)
-        return SemiVL(clip, decoder, text, data_prep.conv_encoder(conv_weights))
-    return SemiVL(clip, LanguageGuidedDecoder(E, D, D, recompute=cfg.recompute), text)
-
-
-def normalize(images: torch.Tensor, cfg: Config) -> torch.Tensor:
-    """uint8 [..., 3, H, W] -> float, by the statistics that section 3 tells of."""
-    clip_stats = data_prep.clip_statistics(cfg.clip, cfg.clip_tag)
-    mean, std = IMAGENET_STATS if cfg.authors_clip or cfg.conv_skip else clip_stats
-    # After the copy to the device: bytes are a quarter of the traffic.
-    return VF.normalize(images.float() / 255, mean, std)
-
-
 # ----------------------------------------------------------------------------------------------
-# 7. Augmentation: how to ask twice about the same pixels? (paper: consistency training; UniMatch)
-# In: a file. Out: uint8 [3, crop, crop]: a weak view, easy, whose prediction makes the target; two
-# strong views of the same crop in other colours, hard, that are to get the same answer. Geometry
-# is shared, since a label must stay on its pixel.
+# 7. Data: a folder of images; random crops of them, in weak and strong views
+# (Paper: consistency training; the views are UniMatch's.)
+# An entry is a pair of paths (image, mask or None), relative to the data folder:
+#     FOLDER/dataset.json        {"classes": ["sky", "car"], "definitions": {"car": ["car", "van"]},
+#                                 "ignore_index": 255}; the last two are optional
+#     FOLDER/splits/train.txt    a line an image: "IMAGE MASK", or "IMAGE" if there is no mask
+#     FOLDER/splits/val.txt      "IMAGE MASK"; optional: test.txt, and 8/labeled.txt for --labels 8
+
+def read_image(file: Path) -> torch.Tensor:
+    """Any image file -> uint8 RGB [3, H, W], turned upright as its EXIF orientation says."""
+    with about(file), Image.open(file) as image:
+        # Converted to 8 bits, 16 bits would be white but for the darkest pixels.
+        require(image.mode[0] not in "IF", f"an image of mode {image.mode}; save it with 8 bits")
+        image = ImageOps.exif_transpose(image).convert("RGB")
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+def read_mask(file: Path, classes: int, ignore: int = IGNORE) -> torch.Tensor:
+    """PNG of class numbers -> uint8 [H, W]; the value `ignore` becomes IGNORE. Raises ValueError
+    for colours, and for a value that is neither a class nor `ignore`."""
+    with about(file), Image.open(file) as image:
+        require(image.mode in ("P", "L", "I", "I;16"),
+                f"mode {image.mode}; save class numbers as palette or greyscale PNG")
+        mask = np.array(image)  # unconverted: a palette PNG's numbers are labels, not its colours
+        mask = np.where(mask == ignore, IGNORE, mask)
+        wrong = mask[(mask < 0) | (mask >= classes) & (mask != IGNORE)]
+        require(not wrong.size, f"holds {wrong[:1]}, but there are classes 0 to {classes - 1} and "
+                f"ignore_index {ignore}; correct the mask, or name the class in dataset.json")
+        return torch.from_numpy(mask.astype(np.uint8))
+
+def read_list(file: Path, need_mask: bool) -> list[tuple]:
+    """Lines "IMAGE MASK" or "IMAGE" -> entries."""
+    with about(file):  # utf-8-sig: some editors put a mark in front
+        lines = [line.split() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+        for words in lines or [[]]:
+            require(1 + need_mask <= len(words) <= 2,
+                    f"{' '.join(words)!r} should be 'IMAGE MASK', names without blanks")
+        return [(*words, None)[:2] for words in lines]
+
+@dataclasses.dataclass
+class Folder:
+    """A data set on disk. `classes` maps names, in the order of mask values, to concepts."""
+    path: Path
+    classes: dict[str, list[str]]
+    ignore: int  # the value of "no label" in its files
+    train: list[tuple]  # entries; masks may be None
+    val: list[tuple]
+    test: list[tuple]  # perhaps empty
+    def image(self, entry: tuple) -> torch.Tensor:
+        return read_image(self.path / entry[0])
+    def mask(self, entry: tuple) -> torch.Tensor:
+        return read_mask(self.path / entry[1], len(self.classes), self.ignore)
+
+def open_data(cfg: Config) -> Folder:
+    """The folder behind --dataset; a named set that is not on disk yet is made first. Concepts are
+    those of DEFINITIONS, else of dataset.json, else each class's name."""
+    path = Path(cfg.root) / cfg.dataset if cfg.dataset in PRESETS else Path(cfg.dataset)
+    if cfg.dataset in PRESETS and not path.exists():
+        import data_prep
+        data_prep.prepare(cfg.dataset, cfg.root)
+    file, splits = path / "dataset.json", path / "splits"
+    with about(f"{file} (a data set is a folder with dataset.json and splits/, as in section 7)"):
+        content = dict(definitions={}, ignore_index=IGNORE)
+        content |= json.loads(file.read_text("utf-8-sig"))
+        names, concepts = content["classes"], DEFINITIONS.get(cfg.dataset, content["definitions"])
+        require(all(isinstance(words, list) and {*map(type, words)} == {str} for words in (
+            names, *concepts.values())), "'classes', and each of 'definitions', is a list of names")
+        require(len({*names}) == len(names) <= IGNORE and {*concepts} <= {*names},
+                f"at most {IGNORE} classes, none twice; definitions of these only")
+    test = read_list(splits / "test.txt", True) if (splits / "test.txt").exists() else []
+    train, val = read_list(splits / "train.txt", False), read_list(splits / "val.txt", True)
+    classes = {name: concepts.get(name, [name]) for name in names}
+    return Folder(path, classes, content["ignore_index"], train, val, test)
+
+def draw_labelled(folder: Folder, count: int, seed: int) -> list[tuple]:
+    """The labelled entries: those of splits/COUNT/labeled.txt, else `count` of train.txt, drawn. A
+    few images easily miss a class, so of 100 draws the first one with the most classes counts."""
+    file = folder.path / f"splits/{count}/labeled.txt"
+    masked = read_list(file, True) if file.exists() else [e for e in folder.train if e[1]]
+    lists = sorted(int(file.parent.name) for file in folder.path.glob("splits/*/labeled.txt"))
+    require(count == len(masked) or count < len(masked) and not file.exists(), f"--labels {count}: "
+            f"{folder.path} has {len(masked)} masks for that; there are lists of {lists} images")
+    if file.exists():
+        return masked
+    shown = lru_cache(None)(lambda i: {*folder.mask(masked[i]).unique().tolist()} - {IGNORE})
+    rng = np.random.default_rng(seed)
+    draws = [rng.choice(len(masked), count, replace=False).tolist() for _ in range(100)]
+    return [masked[i] for i in max(draws, key=lambda draw: len(set().union(*map(shown, draw))))]
+
+def check_folder(folder: Folder, entries: list[tuple]) -> None:
+    """Opens all that will be used, before it is. Raises one ValueError that lists 20 problems."""
+    problems = []
+    for image, mask in progress(dict.fromkeys(entries), "check images"):
+        try:
+            size = folder.image((image, mask)).shape[1:]
+            require(not mask or folder.mask((image, mask)).shape == size,
+                    f"{folder.path / str(mask)}: should have its image's {size[1]} x {size[0]} "
+                    "pixels (upright, as EXIF orientation says)")
+        except ValueError as error:
+            problems.append(str(error))
+    more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+    require(not problems, "\n".join(problems[:20] + more))
 
 def scaled_size(height: int, width: int, scale: float) -> list[int]:
     """[height, width] times scale, rounded half up; not below one pixel."""
     return [max(1, int(n * scale + 0.5)) for n in (height, width)]
 
-
 def random_size(height: int, width: int, cfg: Config) -> list[int]:
-    """A random size for an image, keeping its aspect; r is uniform in [scale_min, scale_max].
-
-    With `fit` the largest whose long side is at most 4 crop r and whose short side at most crop r
-    (2048 r, 512 r as published): at r = 1, 500 x 375 becomes 683 x 512. Otherwise the long side
-    becomes r times itself."""
+    """A random [height, width] of the same aspect; r is uniform in [scale_min, scale_max].
+    With `fit` the largest size whose long side is at most 4 crop r and whose short side at most
+    crop r (2048 r and 512 r as published): at r = 1, 500 x 375 becomes 683 x 512. Without it the
+    long side becomes r times itself."""
     long, short = max(height, width), min(height, width)
     if cfg.fit:
         r = float(torch.empty(()).uniform_(cfg.scale_min, cfg.scale_max))
-        return scaled_size(height, width, min(4 * cfg.crop * r / long, cfg.crop * r / short))
+        scale = min(int(4 * cfg.crop * r) / long, int(cfg.crop * r) / short)
+        return scaled_size(height, width, scale)
     low, high = int(cfg.scale_min * long), int(cfg.scale_max * long)
     return scaled_size(height, width, int(torch.randint(low, high + 1, ())) / long)
 
-
 def scale_crop_flip(image: torch.Tensor, mask: torch.Tensor, cfg: Config):
-    """Random scale, crop and flip: uint8 [3, ., .], [., .] -> [3, crop, crop], [crop, crop].
-
-    A small image is padded at the right and bottom: black, mask IGNORE."""
+    """Random scale, crop, flip: uint8 [3, ., .], [., .] -> [3, crop, crop], [crop, crop]. A small
+    image is padded at the right and bottom: black, and IGNORE in the mask."""
     crop, size = cfg.crop, random_size(*mask.shape, cfg)
     image = VF.resize(image, size, antialias=True)
-    # Careful: torchvision's NEAREST is off by half a pixel; NEAREST_EXACT is PIL's.
-    mask = VF.resize(mask[None], size, interpolation=v2.InterpolationMode.NEAREST_EXACT)
+    # Two kinds of nearest, half a pixel apart: the authors use cv2's with `fit`, PIL's without.
+    nearest = v2.InterpolationMode.NEAREST if cfg.fit else v2.InterpolationMode.NEAREST_EXACT
+    mask = VF.resize(mask[None], size, interpolation=nearest)
     pad = [0, 0, max(crop - size[1], 0), max(crop - size[0], 0)]  # left, top, right, bottom
     image, mask = VF.pad(image, pad, fill=0), VF.pad(mask, pad, fill=IGNORE)
     top, left = (int(torch.randint(n - crop + 1, ())) for n in image.shape[1:])
@@ -722,211 +712,168 @@ def scale_crop_flip(image: torch.Tensor, mask: torch.Tensor, cfg: Config):
         image, mask = VF.horizontal_flip(image), VF.horizontal_flip(mask)
     return image, mask[0]
 
-
-strong_view = v2.Compose([  # UniMatch's; a kernel of 13 reaches 6 pixels, 3 sigma, each way
+strong_view = v2.Compose([  # other colours, the same pixels
     v2.RandomApply([v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)], 0.8),
     v2.RandomGrayscale(0.2),
-    v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], 0.5),
-])
-
+    v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], 0.5)])
+STRONG_VIEWS = {"s1": strong_view, "s2": strong_view}  # one more entry is one more strong view
 
 def cutmix_box(size: int) -> torch.Tensor:
     """A random box (top, left, bottom, right) in a crop of size x size; empty with p = 0.5."""
     if torch.rand(()) < 0.5:
         return torch.zeros(4, dtype=torch.long)
     area = float(torch.empty(()).uniform_(0.02, 0.4)) * size * size
-    while True:  # with the same area until it fits: a new area would favour small boxes
+    while True:  # with the same area until the box fits: a new area would favour small boxes
         ratio = float(torch.empty(()).uniform_(0.3, 1 / 0.3))
         width, height = int(math.sqrt(area / ratio)), int(math.sqrt(area * ratio))
         top, left = torch.randint(size, (2,)).tolist()
         if left + width <= size and top + height <= size:
             return torch.tensor([top, left, top + height, left + width])
 
+# All chance in training is a function of (seed, position in the run), so a resumed run repeats it.
+# Seed s uses the numbers from s * STREAM on: one half for augmentation, one for feature dropout.
+STREAM = 10**9
 
-@lru_cache(maxsize=4)  # two lists, each at the border of two epochs
-def shuffled(length: int, *seed: int) -> np.ndarray:
-    """A random order of `length` things, the same for the same seed."""
-    return np.random.default_rng(seed).permutation(length)
-
-
-class TrainingPictures(Dataset):
-    """Item i is all that position i of a run needs: one labelled and one unlabelled image. Lists
-    hold entries (image file, mask file or None). Items: x, w, s1, s2 uint8 [3, crop, crop]; y uint8
-    and padding bool [crop, crop]; box1, box2 [4]; files, a string. (Or x, y, files only.)
-
-    Order and augmentation are functions of (seed, i) alone, so a run is the same with any number
-    of workers, and a resumed run goes on where it stopped. Each list is shuffled anew whenever it
-    has been gone through; the labelled one, being short, comes round more often."""
-
-    def __init__(self, folder, labelled: list, unlabelled: list, cfg: Config, length: int):
-        self.folder, self.cfg, self.length = folder, cfg, length
-        self.lists = {"labelled": labelled, "unlabelled": unlabelled}
-
-    def __len__(self):
-        return self.length
-
-    def pick(self, which: str, i: int):
-        """Entry i of the list `which`, repeated without end and shuffled anew each time."""
-        entries = self.lists[which]
+class TrainingSet(Dataset):
+    """Item i is all that position i of a run needs: one labelled and one unlabelled image.
+    Items: x, w, s1, s2 uint8 [3, crop, crop]; y uint8, padding bool [crop, crop]; s1_box, s2_box
+    int64 [4]; files, a string (without unlabelled entries only x, y, files). Order and augmentation
+    depend on (seed, i) alone, so a run is the same with any number of workers. A list is shuffled
+    anew whenever it has been gone through; the labelled one is short and comes round more often."""
+    def __init__(self, folder: Folder, labelled: list, unlabelled: list, cfg: Config):
+        self.folder, self.labelled, self.unlabelled, self.cfg = folder, labelled, unlabelled, cfg
+        self.views = dict(STRONG_VIEWS)
+    def pick(self, entries: list, i: int) -> tuple:
+        """Entry i of a list that is repeated without end and shuffled anew each time."""
         epoch, place = divmod(i, len(entries))
-        return entries[shuffled(len(entries), self.cfg.seed, which == "labelled", epoch)[place]]
-
+        rng = np.random.default_rng((self.cfg.seed, entries is self.labelled, epoch))
+        return entries[rng.permutation(len(entries))[place]]
     def __getitem__(self, i: int) -> dict:
-        cfg = self.cfg
+        folder, cfg = self.folder, self.cfg
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed * STREAM + i)
-            entry = self.pick("labelled", i)
-            x, y = scale_crop_flip(self.folder.image(entry), self.folder.mask(entry), cfg)
-            item = dict(x=x, y=y, files=str(entry[0]))
-            if self.lists["unlabelled"]:
-                entry = self.pick("unlabelled", i)
-                image = self.folder.image(entry)
+            entry = self.pick(self.labelled, i)
+            x, y = scale_crop_flip(folder.image(entry), folder.mask(entry), cfg)
+            item = dict(x=x, y=y, files=entry[0])
+            if self.unlabelled:
+                entry = self.pick(self.unlabelled, i)
+                image = folder.image(entry)
                 marker = torch.zeros(image.shape[1:], dtype=torch.uint8)
-                w, marker = scale_crop_flip(image, marker, cfg)  # IGNORE where it is padded
-                item.update(
-                    w=w, s1=strong_view(w), s2=strong_view(w), padding=marker == IGNORE,
-                    box1=cutmix_box(cfg.crop), box2=cutmix_box(cfg.crop),
-                    files=f"{item['files']} {entry[0]}")
+                w, marker = scale_crop_flip(image, marker, cfg)  # IGNORE where w is padded
+                item |= dict(w=w, padding=marker == IGNORE, files=f"{item['files']} {entry[0]}")
+                item |= {name: view(w) for name, view in self.views.items()}
+                item |= {f"{name}_box": cutmix_box(cfg.crop) for name in self.views}
         return item
 
-
 # ----------------------------------------------------------------------------------------------
-# 8. Consistency: what should the student say about an image without a mask? (UniMatch, CVPR 2023)
-# In: logits of x, s1, s2, and of w with dropped features. Out: seven losses, their weighted sum.
-# Nobody knows the mask, but the answer must not depend on the colours. The teacher labels the weak
-# view: argmax is the pseudo-label, its probability the confidence. The student must say the same of
-# harder versions: recoloured with a box of another image pasted in (s1, s2: a thing must be known
-# without its surroundings), and w itself with half of its feature channels gone (fp, "feature
-# perturbation"). The trap is confirmation bias: a wrong pseudo-label is learned like a right one.
-# So only confident pixels count (at first hardly any: these losses begin near 0), and frozen CLIP,
-# which does not learn from itself, has a say.
+# 8. Consistency: what should the student say about an image without a mask?
+# (UniMatch, Yang et al., CVPR 2023; the guidance term G is this paper's.)
+#     total = (L_x + 1/2 mean over strong views of L_s + 1/2 L_fp) / 2
+#             + lambda (1/2 mean over strong views of G_s + 1/2 G_fp),   lambda = guidance (1 - t/T)
+# L_x: cross-entropy with the mask. L_s, L_fp: with the teacher's pseudo-labels. G_s, G_fp: with the
+# labels of frozen CLIP. Nobody knows the mask of an unlabelled image, but it does not depend on the
+# colours: the teacher labels the weak view, and the student must say the same of strong views,
+# recoloured and with a box of another image (s1, s2), and of w itself when half of its feature
+# channels are gone (fp). The trap is confirmation bias: a wrong pseudo-label is learned as eagerly
+# as a right one. So only confident ones count, and frozen CLIP, which does not learn from itself,
+# has its say. Lambda falls since CLIP knows what things are, but not where they end.
 
 class Targets(NamedTuple):
-    """What the unlabelled images are taught, per pixel; all [B, H, W]. They travel together."""
-
-    label: torch.Tensor  # int64, pseudo-label of the teacher
+    """What unlabelled images should be called, pixel by pixel; all [B, H, W]."""
+    label: torch.Tensor  # int64, the teacher's pseudo-label
     confidence: torch.Tensor  # float32, its probability
-    padding: torch.Tensor  # bool, True where there is no image
-    clip_label: torch.Tensor  # int64, what frozen CLIP takes it for, or IGNORE
-
-    def apply(self, change) -> "Targets":
+    padding: torch.Tensor  # bool, True where the crop holds no image
+    clip_label: torch.Tensor  # int64, frozen CLIP's label, or IGNORE
+    def map(self, change) -> "Targets":
         """The same change to each of the four."""
         return Targets(*(change(t) for t in self))
 
-
 @torch.no_grad()
 def make_targets(teacher, guidance, w, padding) -> Targets:
-    """Pseudo-labels and guidance labels (`guidance` may be None) of weak views w [B, 3, H, W],
-    normalised; padding [B, H, W] is True where there is no image."""
+    """Pseudo-labels and guidance labels (`guidance` may be None) of weak views w [B, 3, H, W] in
+    [0, 1]; padding: bool [B, H, W], True where the crop has no image."""
     confidence, label = teacher(w).softmax(1).max(1)
     clip_label = guidance.labels(w) if guidance else torch.full_like(label, IGNORE)
     return Targets(label, confidence, padding, clip_label.masked_fill(padding, IGNORE))
 
-
 def cutmix(mine: torch.Tensor, partner: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
-    """Pastes into each item its box of the partner's item (CutMix, Yun et al., ICCV 2019). The same
-    box goes into an image and into each of its targets, or labels and pixels part.
-
-    mine, partner: [B, H, W] or [B, 3, H, W], any dtype; box: [B, 4], top, left, bottom, right.
-
-        >>> image = torch.zeros(1, 3, 4, 4)
-        >>> cutmix(image, image + 1, torch.tensor([[0, 0, 2, 4]]))[0, 0, :, 0]
-        tensor([1., 1., 0., 0.])
-    """
+    """Pastes into each item the part of its partner inside the item's box (CutMix, Yun et al.,
+    ICCV 2019). Apply it with the same boxes to images and to all their targets.
+    mine, partner: [B, H, W] or [B, 3, H, W], any dtype; box: [B, 4], top, left, bottom, right."""
     rows = torch.arange(mine.shape[-2], device=mine.device)[:, None]
     cols = torch.arange(mine.shape[-1], device=mine.device)
     top, left, bottom, right = box.view(-1, 4, 1, 1).unbind(1)  # each [B, 1, 1]
     inside = (rows >= top) & (rows < bottom) & (cols >= left) & (cols < right)  # [B, H, W]
     return torch.where(inside if mine.ndim == 3 else inside.unsqueeze(1), partner, mine)
 
-
 def supervised_loss(logits, y):
-    """Cross-entropy of logits [B, N, H, W] and masks y, int64 [B, H, W]; mean of known pixels."""
+    """Cross-entropy of logits [B, N, H, W] with masks y, int64 [B, H, W]: mean of known pixels, or
+    0 if a crop holds no label at all."""
     loss = F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="sum")
-    return loss / (y != IGNORE).sum().clamp(min=1)  # never 0/0: a crop may hold no label at all
+    return loss / (y != IGNORE).sum().clamp(min=1)
 
-
-def consistency_loss(logits, label, confidence, padding, conf=0.95, weighting="pixel"):
-    """Cross-entropy against pseudo-labels, over all pixels that are not padding.
-
-    logits [B, N, H, W]; label (int64), confidence, padding (bool) [B, H, W]. "pixel" keeps
-    confident pixels only. "mean" and "share" keep all, weighed by their image's mean confidence, or
-    by its share of confident pixels. The divisor counts all, so unsure images say little.
-
+def consistency_loss(logits, label, confidence, padding, conf_thresh=0.95, weighting="pixel"):
+    """Cross-entropy with pseudo-labels: weighted sum over all pixels that are no padding, divided
+    by their number (not by the sum of weights, so an image with few confident pixels counts less).
+    logits [B, N, H, W]; label (int64), confidence, padding (bool) [B, H, W]. Weights: "pixel", 1
+    where the confidence reaches conf_thresh, else 0; "mean", the image's mean confidence; "share",
+    the share of its pixels that reach conf_thresh.
         >>> label, sure = torch.zeros(1, 2, 2, dtype=torch.long), torch.ones(1, 2, 2)
-        >>> loss = consistency_loss(torch.zeros(1, 2, 2, 2), label, sure, padding=sure < 1)
-        >>> round(loss.item(), 3)  # log(2): two classes, equal logits
-        0.693
+        >>> consistency_loss(torch.zeros(1, 2, 2, 2), label, sure, padding=sure < 1)  # log(2)
+        tensor(0.6931)
     """
-    if weighting not in ("pixel", "mean", "share"):
-        raise ValueError(f"weighting {weighting!r}: take pixel, mean or share")
+    require(weighting in ("pixel", "mean", "share"), "weighting: take pixel, mean or share")
     valid, confidence = ~padding.bool(), confidence.detach()
     loss = F.cross_entropy(logits, label, reduction="none")  # [B, H, W]
-    weight = confidence if weighting == "mean" else (confidence >= conf).float()  # [B, H, W]
+    weight = confidence if weighting == "mean" else (confidence >= conf_thresh).float()  # [B, H, W]
     if weighting != "pixel":
         pixels = valid.sum((1, 2), keepdim=True).clamp(min=1)
         weight = (weight * valid).sum((1, 2), keepdim=True) / pixels  # [B, 1, 1]
     return torch.where(valid, loss * weight, 0).sum() / valid.sum().clamp(min=1)
 
-
 def guidance_loss(logits, clip_label):
-    """Cross-entropy of logits [B, N, H, W] against frozen CLIP's labels [B, H, W], divided by ALL
-    pixels (as the authors do; padding, too): where CLIP is rarely sure, it has little to say."""
+    """Cross-entropy of logits [B, N, H, W] with frozen CLIP's labels [B, H, W]: sum over its labels
+    divided by ALL pixels, padding too, as in the authors' code."""
     loss = F.cross_entropy(logits, clip_label, ignore_index=IGNORE, reduction="sum")
     return loss / clip_label.numel()
 
-
-def semivl_loss(student, x, y, views, guidance_weight, conf=0.95, weighting="pixel") -> dict:
-    """One forward of the student -> scalars: "x"; "s1", "s2", "fp"; "guidance_s1", "guidance_s2",
-    "guidance_fp"; and their weighted sum "total".
-
-    UniMatch's weights: labelled and unlabelled count alike, fp as much as both strong views.
-
-    Args:
-        student: (images, perturb=count) -> logits, as `SemiVL.forward`.
-        x, y: labelled images [B, 3, H, W], normalised (those of views, too), masks [B, H, W].
-        views: {"s1": (s1, Targets), "s2": (s2, Targets), "fp": (w, Targets)}, or {}: L_x alone.
-    """
-    names = ("s1", "s2", "fp") if views else ()  # fp last: its features are perturbed
-    images = torch.cat([x] + [views[name][0] for name in names])  # [4 B, 3, H, W]
-    logits_x, *rest = student(images, perturb=len(x) if views else 0).split(len(x))
-    L_x, L, G = supervised_loss(logits_x, y), {}, {}
-    if not views:
-        return dict(x=L_x, total=L_x)
-
-    for name, logits in zip(names, rest):  # logits [B, N, H, W]
-        _, t = views[name]
-        L[name] = consistency_loss(logits, t.label, t.confidence, t.padding, conf, weighting)
-        G[name] = guidance_loss(logits, t.clip_label)
-    consistency = 0.25 * L["s1"] + 0.25 * L["s2"] + 0.5 * L["fp"]
-    guidance = 0.25 * G["s1"] + 0.25 * G["s2"] + 0.5 * G["fp"]
-    total = (L_x + consistency) / 2 + guidance_weight * guidance  # halves as published
-    return dict(x=L_x, **L, **{f"guidance_{name}": G[name] for name in G}, total=total)
-
+def semivl_loss(logits: dict, y, targets: dict, guidance_weight: float, conf_thresh: float = 0.95,
+                weighting: str = "pixel") -> dict:
+    """The formula above -> scalars: "x", one for each view, "guidance_VIEW" for each, and "total".
+    logits: {"x": ..., "s1": ..., "s2": ..., "fp": ...}, [B, N, H, W] each. y: masks of x, int64
+    [B, H, W]. targets: the Targets of each view, of which "fp" has half of the weight and all
+    others share the other half; {} if there are none: then total is L_x."""
+    losses, consistency, guidance = {"x": supervised_loss(logits["x"], y)}, 0.0, 0.0
+    for view, t in targets.items():
+        weight = 0.5 if view == "fp" else 0.5 / len(targets.keys() - {"fp"})
+        L = consistency_loss(logits[view], t.label, t.confidence, t.padding, conf_thresh, weighting)
+        G = guidance_loss(logits[view], t.clip_label)
+        losses |= {view: L, f"guidance_{view}": G}
+        consistency, guidance = consistency + weight * L, guidance + weight * G
+    total = losses["x"]
+    if targets:
+        total = (total + consistency) / 2 + guidance_weight * guidance
+    return losses | {"total": total}
 
 # ----------------------------------------------------------------------------------------------
 # 9. Evaluation: how good is a model? Sliding window, one confusion matrix, mIoU
-# In: an image [3, H, W] of any size. Out: scores [N, H, W]; of a data set: IoU [N], percent.
-# Counts of all images are added before dividing: a mean of each image's own IoU is another number.
+# In: an image [3, H, W] of any size. Out: scores [N, H, W]; for a data set: IoU [N] in percent, of
+# the pixels of all images together (the mean of each image's own IoU is another number).
 
 def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
-    """Where windows start along a side of `size` pixels. "logits": every stride, the last one moved
-    back inside. "probabilities" (Cityscapes): every stride, the last ones cut off at the edge."""
-    if mode not in ("logits", "probabilities"):
-        raise ValueError(f"mode {mode!r}: take logits or probabilities")
-    if mode == "probabilities":
-        return list(range(0, size, stride))
-    last = max(size - window, 0)
-    return [min(i * stride, last) for i in range(math.ceil(last / stride) + 1)]
-
+    """Where windows start along a side of `size` pixels. "logits": every stride, the last window
+    moved back inside. "probabilities" (Cityscapes): every stride, the last ones cut off."""
+    require(mode in ("logits", "probabilities"), "mode: take logits or probabilities")
+    last, starts = max(size - window, 0), list(range(0, size, stride))
+    return starts if mode == "probabilities" else [
+        min(start, last) for start in starts[:math.ceil(last / stride) + 1]]
 
 @torch.no_grad()
 def sliding_window(model, images, window: int, stride: int, mode: str = "logits"):
     """Mean over overlapping windows of logits or of probabilities: [B, 3, H, W] -> [B, N, H, W].
-    The ViT is at its best at the size it was trained on, so images are looked at in such pieces.
-    window, stride (not above window): pixels; model: in eval mode, pieces [B, 3, ., .] of window x
-    window pixels or, at an edge, less -> [B, N, ., .]; mode: also decides upon `window_starts`.
-
+    The ViT is at its best at the size that it was trained at, so it gets large images in pieces.
+    window, stride (at most window): pixels. model: [B, 3, ., .] -> [B, N, ., .], in eval mode; at
+    an edge a piece may be smaller than the window. mode: also chooses the `window_starts`.
         >>> image = torch.randn(1, 3, 50, 70)
         >>> torch.allclose(sliding_window(lambda part: 2 * part, image, 32, 20), 2 * image)
         True
@@ -943,35 +890,24 @@ def sliding_window(model, images, window: int, stride: int, mode: str = "logits"
             count[part] += 1
     return total / count
 
-
-def segment(model, image: torch.Tensor, cfg: Config, device) -> torch.Tensor:
+def segment(model, image: torch.Tensor, cfg: Config, device: torch.device) -> torch.Tensor:
     """The authors' test protocol for one uint8 image [3, H, W] -> scores [N, H, W]."""
     H, W = image.shape[1:]
-    stride = cfg.stride or 5 * cfg.crop // 6
-    if cfg.fit:  # the short side becomes the window's, whatever the long one does
+    if cfg.fit:  # the short side becomes as long as the window
         image = VF.resize(image, scaled_size(H, W, cfg.crop / min(H, W)), antialias=True)
-    images = normalize(image[None].to(device), cfg)
-    with data_prep.autocast(cfg, device):
+    images = image[None].to(device).float() / 255
+    with autocast(cfg, device):
+        stride = cfg.stride or 5 * cfg.crop // 6
         scores = sliding_window(model, images, cfg.crop, stride, cfg.window_mode)
     # Back to the mask's size. Here the authors align corners; in `SemiVL.forward` they do not.
     return F.interpolate(scores, (H, W), mode="bilinear", align_corners=True)[0]
 
-
 def confusion_matrix(prediction, target, classes: int) -> torch.Tensor:
-    """Pixel counts [N, N], rows truth, columns prediction, of two label maps of one shape; where
-    target is IGNORE it is left out. Elsewhere a label of `classes` or more raises ValueError.
-
-        >>> matrix = confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), 2)
-        >>> iou_per_class(matrix).tolist()
-        [50.0, 50.0]
-    """
+    """Pixel counts [N, N], rows truth, columns prediction, of two label maps of one shape. Pixels
+    whose target is IGNORE are left out."""
     known = target != IGNORE
     truth, predicted = target[known].long(), prediction[known].long()
-    if known.any() and max(truth.max(), predicted.max()) >= classes:
-        raise ValueError(f"a label of {max(truth.max(), predicted.max())}, but {classes} classes")
-    pairs = classes * truth + predicted
-    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
-
+    return torch.bincount(classes * truth + predicted, minlength=classes**2).view(classes, classes)
 
 def iou_per_class(matrix: torch.Tensor) -> torch.Tensor:
     """Confusion matrix [N, N] -> TP / (TP + FP + FN) in percent [N]; NaN for a class that occurs
@@ -979,222 +915,485 @@ def iou_per_class(matrix: torch.Tensor) -> torch.Tensor:
     hit = matrix.diag().double()
     return 100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)  # 0 / 0 is NaN
 
-
-def evaluate(model, folder, entries, cfg: Config, device, title="evaluate", keep=None):
-    """IoU per class [N], percent, of a model (images -> logits) over images with masks.
-
-    `keep(entry, prediction [H, W])` is called for each image, also for those without a mask."""
-    matrix = torch.zeros(len(folder.classes), len(folder.classes), dtype=torch.long, device=device)
-    rank, processes = data_prep.process()  # each evaluates its share of the images
-    for entry in tqdm(entries[rank::processes], title, leave=False, disable=rank > 0 or None):
+def evaluate(model, folder: Folder, entries: list, cfg: Config, device, title="evaluate"):
+    """IoU per class [N], percent, of a model (images in [0, 1] -> logits) over entries."""
+    N = len(folder.classes)
+    matrix = torch.zeros(N, N, dtype=torch.long, device=device)
+    for entry in progress(entries[RANK::WORLD], title):  # this process's share
         prediction = segment(model, folder.image(entry), cfg, device).argmax(0)
-        if keep:
-            keep(entry, prediction.cpu())
-        if entry[1]:
-            target = folder.mask(entry).to(device)
-            matrix += confusion_matrix(prediction, target, len(folder.classes))
-    return iou_per_class(data_prep.total(matrix).cpu())
-
+        matrix += confusion_matrix(prediction, folder.mask(entry).to(device), N)
+    return iou_per_class(over_processes(matrix).cpu())
 
 # ----------------------------------------------------------------------------------------------
-# 10. Training: what happens in a step, and around it?
-# A step: rates; targets and CutMix (`views`); student, losses, gradients; optimiser; teacher.
-# Batches come from section 7, losses from 8; what is logged, saved and drawn is in data_prep.py.
+# 10. Training
+# Under torchrun every process runs this file: item i of the data goes to process i % WORLD, DDP
+# averages the gradients, evaluation shares the images, and process 0 alone prints and writes.
+
+RANK, WORLD = (int(os.environ[name]) if dist.is_torchelastic_launched() else alone
+               for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+SECONDS = 0.5 if sys.stderr.isatty() else 60  # a bar that goes to a log file: a line a minute
+progress = partial(tqdm, mininterval=SECONDS, delay=SECONDS, leave=False, disable=RANK > 0)
+say = tqdm.write if RANK == 0 else str  # prints a line above the bars
+
+def over_processes(counts: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes."""
+    if WORLD > 1:
+        dist.all_reduce(counts)
+    return counts
+
+def pick_device(name: str) -> torch.device:
+    """For "auto" what torch finds (CUDA, MPS), else the CPU. Joins the other processes, if any."""
+    with about(f"--device {name}"):
+        found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        device = torch.zeros(1, device=found if name == "auto" else name).device
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]) * (device.type == "cuda"))
+    return device
+
+def peak_memory(device: torch.device) -> float:
+    """The most GB that this process has held so far, on its GPU if it has one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource  # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+def autocast(cfg: Config, device: torch.device) -> torch.autocast:
+    """bf16 for matrix products; softmax, norms and losses stay in float32 (torch's own lists)."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and bf16
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 def learning_rate(base: float, step: int, steps: int) -> float:
-    """DeepLab's polynomial decay. Steps 0 and 1 both run at the base rate, as in the authors' code,
-    which sets the rate after a step."""
+    """DeepLab's polynomial decay. Steps 0 and 1 both run at the base rate, as the authors' do."""
     return base * (1 - max(step - 1, 0) / steps) ** 0.9
 
-
 def make_optimizer(student: SemiVL, cfg: Config) -> torch.optim.AdamW:
-    """AdamW with two rates: the decoder starts from nothing, the ViT must not run away."""
-    new, pretrained = [], []  # the decoder; ViT and convolutional skip
+    """AdamW with two rates: the decoder starts from nothing, the ViT must stay close to CLIP.
+    Weight decay is on everything that trains, norms and biases too, as in the authors' code."""
+    decoder, vit = (dict(params=[], lr=lr, base_lr=lr) for lr in (cfg.lr, cfg.vit_lr))
     for name, p in student.named_parameters():
         if p.requires_grad:
-            (new if name.startswith("decoder.") else pretrained).append(p)
-    groups = [dict(params=params, lr=lr, base_lr=lr)  # lr will fall from base_lr
-              for params, lr in ((new, cfg.lr), (pretrained, cfg.vit_lr))]
-    return torch.optim.AdamW(groups, weight_decay=cfg.weight_decay)
+            (decoder if name.startswith("decoder.") else vit)["params"].append(p)
+    return torch.optim.AdamW([decoder, vit], weight_decay=cfg.weight_decay)
 
+def ignore_interrupt(_) -> None:
+    """A terminal sends Ctrl-C to loader processes, too; the training process is to end them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-class Training:
-    """A run: student, EMA teacher, frozen guidance, optimiser, data, and the step they take."""
+def new_run(cfg: Config, labelled=()) -> Path:
+    """Makes the run's folder, with the list of labelled images and a copy of this file in it."""
+    path = base = Path(cfg.out or f"runs/{Path(cfg.dataset).resolve().name}-{cfg.labels}")
+    for number in range(2, 10**4):
+        with contextlib.suppress(*[] if cfg.out else [FileExistsError]):
+            path.mkdir(parents=True)  # of two runs that start at once, one gets the error
+            break
+        path = base.with_name(f"{base.name}-{number}")
+    (path / "labeled.txt").write_text("".join(f"{i} {m}\n" for i, m in labelled), encoding="utf-8")
+    (path / "semivl.py").write_bytes(Path(__file__).read_bytes())
+    return path
 
-    def __init__(self, cfg: Config, folder: data_prep.Folder, device: torch.device):
-        torch.manual_seed(cfg.seed)
-        clip = data_prep.load_clip(cfg.clip, cfg.clip_tag, cfg.clip_weights, cfg.root)
-        language = describe_classes(clip, folder.classes, cfg)
-        # The text tower has done its work; from here on only the visual one is kept.
-        student = assemble(cfg, clip.visual, language.decoder_text, cfg.conv_weights)
-        self.cfg, self.folder, self.device = cfg, folder, device
-        self.student = student.to(device).train()
-        self.parallel = data_prep.parallel_model(self.student, device)  # in DDP under torchrun
-        frozen = copy_trained(self.student.clip)  # CLIP as it is before the first step
-        self.guidance = FrozenGuidance(
-            frozen, language.concepts, language.sizes, cfg.guidance_conf).to(device)
-        each = [1] * len(language.names)  # a name is the only concept of its class
-        self.frozen_names = FrozenGuidance(frozen, language.names, each).to(device)  # to compare
-        self.teacher = EMATeacher(self.student, cfg.ema)
-        self.optimizer = make_optimizer(self.student, cfg)
-        # Without unlabelled images a run is as long as with them, to be compared.
-        images = len(folder.unlabelled or folder.labelled)
-        self.steps = cfg.steps or math.ceil(cfg.epochs * images / cfg.batch)
-        self.step, self.evaluated = 0, 0  # steps done; steps done at the last evaluation
-        self.last = self.best = -1.0  # validation mIoU of the teacher, percent; -1: none yet
-        # [N], pixels with a confident pseudo-label of each class since the last evaluation, for log
-        self.accepted = torch.zeros(len(folder.classes), dtype=torch.long, device=device)
+def write_json(file: Path, content: dict, mode="w") -> None:
+    """A line of JSON, in which NaN is null."""
+    with open(file, mode, encoding="utf-8") as out:
+        out.write(re.sub(r"\bNaN\b", "null", json.dumps(content)) + "\n")
 
-    def batches(self):
-        """The batches from the present step to the last; of each, this process's share."""
-        cfg, folder = self.cfg, self.folder
-        pictures = TrainingPictures(folder, folder.labelled, folder.unlabelled if cfg.unlabelled
-                                    else [], cfg, self.steps * cfg.batch)
-        return data_prep.loader(pictures, self.step * cfg.batch, cfg, self.device)
+def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None) -> None:
+    """A whole run, from the settings to last.pt and the table of IoU. folder: instead of --dataset.
+    saved: the content of a last.pt; the run goes on as if it had never stopped, bit for bit."""
+    # 1. Device, data, CLIP and the words it reads, three networks, optimiser; resume.
+    device, folder = pick_device(cfg.device), folder or open_data(cfg)
+    labelled = saved["labelled"] if saved else draw_labelled(folder, cfg.labels, cfg.seed)
+    taken = dict(labelled)  # no other mask is looked at
+    unlabelled = [(image, None) for image, _ in folder.train if image not in taken]
+    require(unlabelled or not cfg.unlabelled, "no image is left unlabelled: add --unlabelled off")
+    require(cfg.batch % WORLD == 0, f"--batch {cfg.batch} cannot be shared by {WORLD} processes")
+    require(not saved or [*saved["classes"].items()] == [*folder.classes.items()],
+            f"{folder.path}: other classes than those that the run started with")
+    # The named sets were checked when they were made: of them, only what has a mask is opened.
+    check_folder(folder, labelled + folder.val + folder.test + unlabelled * (
+        cfg.dataset not in PRESETS))
+    # Without unlabelled images a run is as long as with them, so that the two can be compared.
+    cfg.steps = cfg.steps or cfg.epochs * max(1, len(unlabelled or labelled) // cfg.batch)
+    torch.manual_seed(cfg.seed)
+    clip, clip_config = load_clip(cfg)
+    text, names, concepts, sizes = describe_classes(clip, folder.classes, cfg)
+    student = build_model(cfg, clip.visual, text, cfg.conv_weights).to(device).train()
+    del clip  # the text tower has done its work
+    frozen = copy_trained(student.clip)  # CLIP as it is before the first step
+    guidance = FrozenGuidance(frozen, concepts, sizes, cfg.guidance_conf).to(device)
+    by_names = FrozenGuidance(frozen, names, [1] * len(names)).to(device)  # only to compare
+    teacher, optimizer = EMATeacher(student, cfg.ema), make_optimizer(student, cfg)
+    parallel = nn.parallel.DistributedDataParallel(student) if WORLD > 1 else student
+    state, modules = dict(step=0, last=-1.0, best=-1.0), dict(
+        student=student, model=teacher.model, optimizer=optimizer)
+    if saved:
+        state = {name: saved[name] for name in state}
+        for name, module in modules.items():
+            module.load_state_dict(saved[name])
+    out = Path(cfg.out) if saved else new_run(cfg, labelled) if RANK == 0 else None
+    def save(name):
+        """Replaces the old file only when the new one is complete on the disk."""
+        content = {key: module.state_dict() for key, module in modules.items()}  # shared: once
+        content |= dict(state, config=dataclasses.asdict(cfg), classes=folder.classes,
+                        clip=clip_config, labelled=labelled)
+        with about(f"{out / name} (make room; what was saved before is whole)"):
+            with open(out / "new.tmp", "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            (out / "new.tmp").replace(out / name)
+    def miou(model, entries=folder.val):
+        return float(evaluate(model, folder, entries, cfg, device).nanmean())
 
-    def micro_batches(self, data: dict) -> list[slice]:
-        """Which images of the (share of the) batch go through the networks at a time."""
-        size = self.cfg.micro_batch
-        return [slice(i, i + size) for i in range(0, len(data["x"]), size)]
+    say(f"{len(labelled)} labelled, {len(unlabelled)} unlabelled, {len(folder.val)} validation, "
+        f"{len(folder.test)} test images; {cfg.steps} steps on {device}; writes to {out}")
+    if not saved:
+        few = folder.val[:100]
+        say(f"frozen CLIP: mIoU {miou(by_names, few):.1f} by class names, {miou(guidance, few):.1f}"
+            f" by definitions ({len(few)} validation images)")
+    data = TrainingSet(folder, labelled, unlabelled if cfg.unlabelled else [], cfg)
+    loader = DataLoader(
+        data, cfg.batch // WORLD, num_workers=min(cfg.workers, os.cpu_count() or 1),
+        sampler=range(state["step"] * cfg.batch + RANK, cfg.steps * cfg.batch, WORLD),
+        pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt)
+    stop, seconds, every, clock = [], [], math.ceil(cfg.steps / cfg.evals), time.perf_counter()
+    for sign in (signal.SIGINT, signal.SIGTERM):  # a second signal ends the program at once
+        signal.signal(sign, lambda n, _: stop.append(signal.signal(n, signal.default_int_handler)))
+    for batch in progress(loader, "train", total=cfg.steps, initial=state["step"]):
+        # 2. Rates and the guidance weight.
+        step, files = state["step"], batch.pop("files")
+        batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}  # still bytes
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(group["base_lr"], step, cfg.steps)
+        guidance_weight = cfg.guidance * (1 - step / cfg.steps)
 
-    def views(self, data: dict) -> dict:
-        """What the student is to learn of unlabelled images: "s1", "s2" (strong views after CutMix)
-        and "fp" (the weak view) -> (images, uint8 [B, 3, H, W]; their Targets)."""
-        guidance = self.guidance if self.cfg.guidance else None
-        with data_prep.autocast(self.cfg, self.device):
-            parts = [make_targets(self.teacher, guidance, normalize(data["w"][chunk], self.cfg),
-                                  data["padding"][chunk]) for chunk in self.micro_batches(data)]
-        targets = Targets(*map(torch.cat, zip(*parts)))  # [B, H, W] each
+        # 3. Teacher and frozen CLIP label the weak views. CutMix changes images and targets alike;
+        # image i's partner is image -1 - i, so that each is loaded and labelled once.
+        images, targets = {"x": batch["x"]}, {}
+        size = math.gcd(cfg.micro_batch, len(batch["x"]))
+        chunks = [slice(i, i + size) for i in range(0, len(batch["x"]), size)]
+        if cfg.unlabelled:
+            with autocast(cfg, device):
+                own = [make_targets(teacher, cfg.guidance and guidance, batch["w"][c].float() / 255,
+                                    batch["padding"][c]) for c in chunks]
+            own = Targets(*map(torch.cat, zip(*own)))  # [batch, H, W] each
+            for view in data.views:
+                paste = lambda mine: cutmix(mine, mine.flip(0), batch[f"{view}_box"])  # noqa: E731
+                images[view], targets[view] = paste(batch[view]), own.map(paste)
+            images["fp"], targets["fp"] = batch["w"], own
 
-        def mixed(name, box_name):
-            # Image i's partner is image B - 1 - i of the batch (of all processes), so that each
-            # image is loaded and predicted once. The middle one of an odd batch is its own partner.
-            def paste(mine):
-                return cutmix(mine, data_prep.mirrored(mine), data[box_name])
-            return paste(data[name]), targets.apply(paste)
+        # 4. The student predicts all views of a micro-batch in one forward; losses; backward.
+        losses = {}
+        for c in chunks:
+            # The seed makes feature dropout a function of the position in the run.
+            position = step * cfg.batch + RANK * len(batch["x"]) + c.start
+            torch.manual_seed(cfg.seed * STREAM + STREAM // 2 + position)
+            views = torch.cat([view[c] for view in images.values()]).float() / 255
+            with autocast(cfg, device):
+                logits = parallel(views, num_perturbed=size if targets else 0)  # "fp" comes last
+            terms = semivl_loss(
+                dict(zip(images, logits.split(size))), batch["y"][c].long(),
+                {view: t.map(lambda a: a[c]) for view, t in targets.items()},
+                guidance_weight, cfg.conf, cfg.weighting)
+            (terms["total"] / len(chunks)).backward()
+            for name, loss in terms.items():
+                losses[name] = losses.get(name, 0.0) + loss.detach() / len(chunks)
 
-        return {"s1": mixed("s1", "box1"), "s2": mixed("s2", "box2"), "fp": (data["w"], targets)}
+        # 5. If the loss is not finite, stop before a weight changes. Optimiser; teacher.
+        if targets:  # share of pixels with a confident pseudo-label
+            sure = (own.confidence >= cfg.conf) & ~own.padding
+            losses["kept"] = sure.sum() / (~own.padding).sum().clamp(min=1)
+        means = over_processes(torch.stack([*losses.values()]) / WORLD).tolist()
+        line = dict(zip(losses, means), lr=[group["lr"] for group in optimizer.param_groups])
+        require(math.isfinite(line["total"]), f"step {step}: the loss is {line['total']}. Lower "
+                f"--lr, or look at these files: {' '.join(files)}")
+        optimizer.step()
+        optimizer.zero_grad()
+        for buffer in student.buffers() if WORLD > 1 else ():
+            dist.broadcast(buffer, 0)  # batch-norm statistics: each process had its own
+        teacher.update(student, step)
 
-    def train_step(self, batch: dict) -> dict:
-        """One optimiser step on a batch of `batches` -> scalars for the log: the losses of
-        `semivl_loss`, and which share of pixels has a confident pseudo-label ("kept"), a label of
-        frozen CLIP ("guided"). UserError, before any weight changes, if the loss is not finite."""
-        cfg = self.cfg
-        # CLIP knows what things are, but not where they end: as the student learns, CLIP falls
-        # silent, or its mistakes would hold the student back.
-        guidance_weight = cfg.guidance * (1 - self.step / self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(group["base_lr"], self.step, self.steps)
-        data = data_prep.to_device(batch, self.device)
+        # 6. Log; now and then evaluate, draw, save.
+        line["step"] = state["step"] = step = step + 1
+        line["seconds"] = time.perf_counter() - clock
+        seconds.append(line["seconds"])
+        evaluated = step % every == 0 or step == cfg.steps
+        if evaluated:
+            line["val_miou"] = state["last"] = miou(teacher)
+            say(f"step {step}: loss {line['total']:.3f}, kept {line.get('kept', 0):.2f}, mIoU "
+                f"{state['last']:.1f} (validation), {np.median(seconds[1:] or seconds):.3g} s a "
+                f"step, {peak_memory(device):.1f} GB")
+        better, state["best"] = state["last"] > state["best"], max(state["best"], state["last"])
+        # 7. After a signal to any process, all of them save and leave.
+        stopping = over_processes(torch.tensor(len(stop), device=device)) > 0
+        if RANK == 0:
+            write_json(out / "log.jsonl", line, "a")
+            for name in ["best.pt"] * better + ["last.pt"] * (
+                    evaluated or stopping or step % cfg.save_every == 0):
+                save(name)
+            if evaluated:
+                save_sheet(out / "sheet.png", folder, guidance, teacher, cfg, device)
+        if stopping:
+            say(f"stopped after step {step}; go on by --resume {out}")
+            raise KeyboardInterrupt
+        clock = time.perf_counter()
+    models = {"CLIP by names": by_names, "by definitions": guidance, "SemiVL": teacher}
+    report(models, folder, cfg, device, out, val_last=state["last"], val_best=state["best"])
 
-        # 1. Teacher's pseudo-labels, frozen CLIP's labels, CutMix.
-        views = self.views(data) if cfg.unlabelled else {}
-        log = data_prep.tally(self, views["fp"][1]) if views else {}
-
-        # 2. Student and losses, one micro-batch after another. Each loss is a mean over its own
-        # micro-batch's pixels; the last backward pass averages gradients over processes.
-        chunks, sums = self.micro_batches(data), {}
-        first = self.step * cfg.batch + data_prep.process()[0] * len(data["x"])
-        for chunk in chunks:
-            # Seeded by the position in the run: what is dropped depends neither on resuming nor (as
-            # long as micro-batches stay as large) on the number of processes.
-            torch.manual_seed(cfg.seed * STREAM + STREAM // 2 + first + chunk.start)
-            x, y = normalize(data["x"][chunk], cfg), data["y"][chunk].long()
-            part = {name: (normalize(view[chunk], cfg), t.apply(lambda a: a[chunk]))
-                    for name, (view, t) in views.items()}
-            with data_prep.in_step(self.parallel, chunk is chunks[-1]):
-                with data_prep.autocast(cfg, self.device):
-                    losses = semivl_loss(self.parallel, x, y, part, guidance_weight, cfg.conf,
-                                         cfg.weighting)
-                (losses["total"] / len(chunks)).backward()
-            for name, loss in losses.items():
-                sums[name] = sums.get(name, 0.0) + loss.detach() / len(chunks)
-        log |= data_prep.means(sums)
-        if not math.isfinite(log["total"]):
-            raise UserError(f"step {self.step}: the loss is {log['total']}, so the run stops. "
-                            f"Lower --lr, or look at these files: {' '.join(batch['files'])}")
-
-        # 3. The student learns, then the teacher follows it.
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        data_prep.average_buffers(self.student)  # batch norm's, over processes
-        self.teacher.update(self.student, self.step)
-        self.step += 1
-        return log
-
-
-THIS_FILE = sys.modules[__name__]  # data_prep.py calls back what stands above
-
-
-@data_prep.in_every_process
-def train(cfg: Config, resume: dict | None = None) -> None:
-    """A whole run; the recorder writes log, checkpoints, pictures, also if it is interrupted."""
-    folder = data_prep.training_data(cfg, CLASSES, resume)
-    run = Training(cfg, folder, data_prep.pick_device(cfg.device))
-    if resume:
-        data_prep.restore_run(run, resume)
-    else:
-        cfg.out = data_prep.new_run(cfg, folder, __file__)
-    print(data_prep.describe_run(run), flush=True)
-
-    every, batch = math.ceil(run.steps / cfg.evals), None
-    with closing(run.batches()) as batches, data_prep.Recorder(THIS_FILE, run) as recorder:
-        if not run.step:
-            recorder.frozen_clip()  # its mIoU; near zero, if weights or class names are wrong
-        while run.evaluated < run.steps:
-            # A run that was stopped while it evaluated does so first when it is resumed.
-            if run.evaluated < run.step and (run.step % every == 0 or run.step == run.steps):
-                recorder.evaluation(batch)  # of teacher and student; sets run.evaluated
-            else:
-                batch = next(batches)
-                with recorder.uninterrupted():
-                    recorder.step(run.train_step(batch))
-    models = {"CLIP by names": run.frozen_names, "by definitions": run.guidance}
-    data_prep.report(THIS_FILE, run, models | {"SemiVL": run.teacher})
-
+def report(models: dict, folder: Folder, cfg: Config, device, out: Path | None, **more) -> None:
+    """IoU per class on the test images (or else validation), to OUT/result.json and printed."""
+    split, entries = ("test", folder.test) if folder.test else ("val", folder.val)
+    table, names = {}, [*folder.classes, "mIoU"]
+    for title, model in models.items():
+        iou = evaluate(model, folder, entries, cfg, device, split)
+        table[title] = dict(zip(names, [*iou.tolist(), float(iou.nanmean())]))
+    if out and RANK == 0:
+        write_json(out / "result.json", more | {split: table})
+    wide = max(map(len, names)) + 2
+    say(f"{'IoU, ' + split:{wide}}" + "".join(f"{title:>16}" for title in table))
+    for name in names:
+        say(f"{name:{wide}}" + "".join(f"{column[name]:16.1f}" for column in table.values()))
 
 # ----------------------------------------------------------------------------------------------
-# 11. Command line
+# 11. Weights: CLIP's, the authors', our checkpoints
 
-@data_prep.mistakes_in_one_line
-def main(argv=None) -> None:
-    """Runs the command line. A user's mistake is one line on stderr and exit code 2."""
-    typed, args = data_prep.parse_args(argv, Config, PRESETS)
-    cfg = Config(**PRESETS.get(typed.get("dataset", "toy"), {}) | typed)
-    if args.resume is not None:
-        train(*data_prep.load_run(args.resume, Config, typed))
-    elif not data_prep.other_action(THIS_FILE, args, typed, cfg):  # --eval, --predict, ...
-        data_prep.check_settings(cfg)
-        train(cfg)
+def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
+    """The CLIP that --clip, --clip-tag and --clip-weights name, and open_clip's config of it."""
+    name, tag, weights = cfg.clip, cfg.clip_tag, cfg.clip_weights
+    if name == "toy":
+        import data_prep
+        name = name if weights else f"local-dir:{data_prep.prepare('toy', cfg.root)}"
+    with about(f"--clip {name}, {weights or tag} (or give --clip-weights FILE, or none)"):
+        config = data_prep.CLIP_CONFIGS[name] if name == "toy" else open_clip.get_model_config(name)
+        quick, known = config.get("quick_gelu", False), open_clip.get_pretrained_cfg(name, tag)
+        require({*config} <= {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"} and "layers" in
+                config["vision_cfg"] and "hf_tokenizer_name" not in config["text_cfg"],
+                "no plain ViT CLIP of open_clip, such as ViT-B-16-quickgelu")
+        require(weights or known.get("quick_gelu", quick) == quick,
+                f"{tag} was trained with the other GELU; add or drop -quickgelu")
+        if not weights:
+            return open_clip.create_model(name, None if ":" in name else tag,
+                                          require_pretrained=True), config
+        clip = open_clip.CLIP(**config)
+        if weights != "none":  # tensors only, and all of them; TorchScript, being code, is refused
+            clip.load_state_dict(open_clip.factory.load_state_dict(weights))
+    say(f"note: {name} with {'random weights' if weights == 'none' else weights} uses "
+        f"{'Quick' * quick}GELU; a file does not tell which one it was trained with")
+    return clip, config
 
+def resnet_stem(weights: str) -> nn.Module:
+    """Stem and first stage of timm's resnet101c: images [B, 3, H, W] in [0, 1] ->
+    [[B, 256, ceil(H/4), ceil(W/4)]]. weights: as the setting `conv_weights`."""
+    import timm  # comes with open_clip
+    with about(weights or "resnet101c (or give --conv-weights FILE)"):
+        net = timm.create_model("resnet101c", not weights, features_only=True, out_indices=(1,))
+        if weights not in ("", "none"):
+            state = open_clip.factory.load_state_dict(weights)
+            net.load_state_dict({name: state[name] for name in net.state_dict()})
+    return nn.Sequential(v2.Normalize(IMAGENET_MEAN, IMAGENET_STD), net)
+
+def build_model(cfg: Config, visual: nn.Module, text: torch.Tensor, conv_weights="none") -> SemiVL:
+    """The model that the settings describe, around a visual tower and the classes' text [N, E]."""
+    # Crop 801 gives 50 patches a side, although a padded crop has 51: as in the authors' weights.
+    side = cfg.crop // visual.conv1.kernel_size[0]
+    require(side, f"--crop {cfg.crop}: smaller than a patch of CLIP")
+    statistics = (IMAGENET_MEAN, IMAGENET_STD) if cfg.authors_clip and not cfg.conv_skip else ()
+    clip = DenseCLIP(visual, (side, side), cfg.authors_clip, *statistics)
+    E, D = spatial_fine_tuning(clip, cfg.finetune).embed_dim, clip.width
+    if cfg.decoder == "vision":
+        return SemiVL(clip, VisionDecoder(E, D, len(text)), text)
+    if cfg.conv_skip:
+        decoder = LanguageGuidedDecoder(E, 256, D, shallow_width=32, recompute=cfg.recompute)
+        return SemiVL(clip, decoder, text, resnet_stem(conv_weights))
+    return SemiVL(clip, LanguageGuidedDecoder(E, D, D, recompute=cfg.recompute), text)
+
+AUTHORS_NAMES = """module.> decode_head.layers>decoder.semantic decode_head.conv1>decoder.lift
+transformer.ffn.layers.0.0>layer.linear1 transformer.ffn.layers.1>layer.linear2
+transformer.attn.attn>layer.self_attn transformer.ln>layer.norm aspp_convs.4.gap.1>pooled.0
+aspp_convs.4.gap.2>pooled.1 aspp_convs>branches up1.conv.3>up1.convs.1.0 up1.conv.4>up1.convs.1.1
+up1.conv.>up1.convs.0. up2.conv.3>up2.convs.1.0 up2.conv.4>up2.convs.1.1 up2.conv.>up2.convs.0.
+skip_proj.0>deep_proj skip_proj.1>shallow_proj decode_head>decoder conv_encoder.stem.7>conv.1.bn1
+conv_encoder.stem>conv.1.conv1 conv_encoder>conv.1 backbone.ln0>clip.visual.ln_pre
+backbone.ln1>clip.visual.ln_post backbone.cls_token>clip.visual.class_embedding
+backbone.pos_embed>clip.visual.positional_embedding backbone.proj.weight>clip.visual.proj
+backbone.patch_embed.projection>clip.visual.conv1 attn.attn>attn .ln1>.ln_1 .ln2>.ln_2
+backbone.layers>clip.visual.transformer.resblocks ffn.layers.0.0>mlp.c_fc ffn.layers.1>mlp.c_proj"""
+
+def load_authors_checkpoint(state_dict: dict, text: torch.Tensor, heads=None) -> SemiVL:
+    """The authors' weights, `load_file("best.pth")["model"]`, as a SemiVL in eval mode.
+    text: [N, E], the first that `describe_classes` returns (Cityscapes: with decoder_text="mean").
+    heads: of the ViT, by default its width / 64: the tensors do not show it. Tensors that are
+    missing, too many or misshapen raise KeyError, RuntimeError or ValueError."""
+    weights, vit = {}, "clip.visual."
+    for name, tensor in state_dict.items():
+        for pair in AUTHORS_NAMES.split():  # theirs>ours, replaced in this order
+            name = name.replace(*pair.split(">"))
+        if not name.startswith("clip_encoder."):  # their frozen CLIP
+            weights[name] = tensor
+    weights[vit + "class_embedding"] = weights[vit + "class_embedding"].flatten()
+    weights[vit + "positional_embedding"] = weights[vit + "positional_embedding"][0]
+    weights[vit + "proj"] = weights[vit + "proj"].flatten(1).T  # was a 1 x 1 convolution
+    width, _, patch, _ = weights[vit + "conv1.weight"].shape
+    side = patch * math.isqrt(len(weights[vit + "positional_embedding"]) - 1)
+    visual = open_clip.transformer.VisionTransformer(
+        side, patch, width, layers=sum("mlp.c_fc.weight" in name for name in weights),
+        heads=heads or width // 64, mlp_ratio=4.0, output_dim=weights[vit + "proj"].shape[1])
+    cfg = Config(crop=side, authors_clip=True, conv_skip="conv.1.bn1.weight" in weights)
+    model = build_model(cfg, visual, F.normalize(text.float(), dim=1))
+    ours = {name: model.state_dict()[name] for name in ("text", "clip.mean", "clip.std")}
+    model.load_state_dict(weights | ours)
+    return model.eval()
+
+def load_file(file, *needed: str) -> dict:
+    """What torch.save wrote, with the entries `needed`, without running code that may be in it."""
+    numbers = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in (
+        "core", "_core")] + [np.dtype, np.dtypes.Float64DType]  # in the authors' files
+    with about(file), torch.serialization.safe_globals(numbers):
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        require(isinstance(content, dict) and {*needed} <= {*content},
+                "no checkpoint of this version of the program, nor of the authors' code")
+        return content
+
+def load_checkpoint(file: str, typed: dict) -> tuple[SemiVL, Config, dict]:
+    """A checkpoint of this program -> model in eval mode, settings, class names and concepts."""
+    content = load_file(file, "model", "config", "classes", "clip")
+    with about(file):
+        cfg = Config(**content["config"] | dict(device="auto", out="") | typed)
+        visual = open_clip.CLIP(**content["clip"]).visual
+        model = build_model(cfg, visual, content["model"]["text"])
+        model.load_state_dict(content["model"])
+    return model.eval(), cfg, content["classes"]
 
 # ----------------------------------------------------------------------------------------------
-# 12. The details that matter. Each: what | where | the authors' code -> ours, where they differ
-#
-# prompt "a photo of a NAME", no full stop, names spelled as published | encode_text
-# decoder reads names, guidance reads definitions | describe_classes | Cityscapes: means of concepts
-# GELU, LayerNorm eps, image statistics | DenseCLIP, normalize | exact, 1e-6, ImageNet's -> CLIP's
-# last block without attention, skips from value paths of blocks 0 and 4 | DenseCLIP.encode
-# position embedding: bicubic, no antialiasing, resized once, then trained | resize_position
-# attention and position embedding train, nothing else of the ViT | spatial_fine_tuning
-# a class is an item of the batch; text is concatenated, not multiplied | SemanticReasoning
-# a skip's convolution, the same numbers | conv_by_parts | once a class -> once a group of classes
-# logits of the padded image become H x W | SemiVL.forward | by way of crop x crop -> in one step
-# who makes the pseudo-labels | EMATeacher | the student (of its own w in training mode, which batch
-#     norm notices) -> its moving average, in eval mode
-# best concept of a class, times 100, softmax over classes, then 0.9 | FrozenGuidance
-# image padded black before normalising, no loss sees it | scale_crop_flip
-# masks are resized to PIL's nearest | scale_crop_flip
-# images are resized | scale_crop_flip, segment | VOC, ADE20K: no antialiasing -> always with it
-# a CutMix box keeps its area until it fits | cutmix_box
-# CutMix partner | Training.views | another crop of the same image -> image B - 1 - i
-# feature dropout: whole channels, dense map and skips, not the text | SemiVL.forward
-# L_s: divided by all unpadded pixels, kept or not | consistency_loss
-# mean and share weighting | consistency_loss | sums of batch and padding -> each image's own
-# G: divided by all pixels, padding too; weight falls linearly to 0 | guidance_loss, train_step
-# weight decay on norms, too; steps 0 and 1 at the base rate | make_optimizer, learning_rate
-# windows: logits averaged, on Cityscapes probabilities, other starts | window_starts
-# mIoU over classes that occur | iou_per_class | an absent class counts 0 -> is left out
+# 12. Pictures: masks in colours, the sheet of a run
+
+def colour_mask(mask: torch.Tensor, classes) -> Image.Image:
+    """Class numbers [H, W] -> palette image whose values are still the class numbers."""
+    palette = [255] * 768  # three numbers each; IGNORE is white
+    for n, name in enumerate(classes):  # steps of the golden ratio keep neighbours apart
+        colour = f"hsv({(7 + 222.5 * n) % 360}, 60%, {(90, 70)[n // 8 % 2]}%)"
+        palette[3 * n:3 * n + 3] = ImageColor.getrgb("#4d525c" if name == "background" else colour)
+    image = Image.fromarray(mask.cpu().numpy().astype(np.uint8))
+    image.putpalette(palette)
+    return image
+
+def save_sheet(file: Path, folder: Folder, guidance, teacher, cfg: Config, device) -> None:
+    """Up to six validation images, a row each, as frozen CLIP and the teacher see them; where the
+    teacher's confidence is below `conf`, its pseudo-label would be rejected: it is pale."""
+    titles, side = ["image", "truth", "frozen CLIP", "pseudo-label", "SemiVL"], 160
+    classes, cells = list(folder.classes), []
+    for entry in folder.val[::math.ceil(len(folder.val) / 6)]:
+        image = folder.image(entry)
+        scores = segment(teacher, image, cfg, device)
+        of_clip, label = segment(guidance, image, cfg, device).argmax(0), scores.argmax(0)
+        confidence = (scores if cfg.window_mode == "probabilities" else scores.softmax(0)).amax(0)
+        pale = Image.fromarray((170 * (confidence < cfg.conf)).byte().cpu().numpy())
+        row = [colour_mask(m, classes) for m in (folder.mask(entry), of_clip, label, label)]
+        row[2] = Image.composite(Image.new("RGB", pale.size, "white"), row[2].convert("RGB"), pale)
+        how = Image.Resampling.NEAREST if max(pale.size) <= side else Image.Resampling.BOX
+        cells += [VF.pil_to_tensor(ImageOps.pad(cell.convert("RGB"), (side, side), how, "white"))
+                  for cell in (VF.to_pil_image(image), *row)]
+    grid = VF.to_pil_image(make_grid(torch.stack(cells), len(titles), padding=6, pad_value=255))
+    columns, top = grid.width // 140, grid.height + 28
+    sheet = Image.new("RGB", (grid.width, top + 20 * math.ceil(len(classes) / columns)), "white")
+    sheet.paste(grid, (0, 24))
+    write = partial(ImageDraw.Draw(sheet).text, fill="black", font=ImageFont.load_default(14))
+    [write((6 + n * (side + 6), 6), title) for n, title in enumerate(titles)]
+    for n, name in enumerate(classes):
+        x, y = 6 + n % columns * 140, top + n // columns * 20
+        sheet.paste(colour_mask(torch.full((14, 14), n), classes), (x, y))
+        write((x + 20, y), name)
+    sheet.save(file)
+
+# ----------------------------------------------------------------------------------------------
+# 13. Command line
+
+def predict(checkpoint: str, images: list[str], typed: dict) -> None:
+    """--predict: NAME-mask.png (class numbers, in colours) and NAME-overlay.png of each image."""
+    model, cfg, classes = load_checkpoint(checkpoint, typed)
+    device, out = pick_device(cfg.device), Path(cfg.out or Path(checkpoint).parent / "predictions")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in images:
+        file, image = out / f"{Path(name).stem}-mask.png", read_image(name)
+        require(not file.exists(), f"{file}: exists; remove it, or give another --out")
+        mask = colour_mask(segment(model.to(device), image, cfg, device).argmax(0), classes)
+        overlay = Image.blend(VF.to_pil_image(image), mask.convert("RGB"), 0.55)
+        overlay.save(out / f"{Path(name).stem}-overlay.png")
+        mask.save(file)
+        say(f"{file}: {', '.join([*classes][n] for n in np.unique(mask))}")
+
+def benchmark(cfg: Config) -> None:
+    """--benchmark: four steps of `train` itself on noise, with random weights."""
+    entries, size = [(f"{i}.png", f"{i}.png") for i in range(2 * cfg.batch)], (cfg.crop, cfg.crop)
+    classes = DEFINITIONS.get(cfg.dataset) or open_data(cfg).classes
+    noise = Folder(Path(), classes, IGNORE, entries, entries[:1], [])
+    noise.image = lambda entry: torch.randint(256, (3, *size), dtype=torch.uint8)
+    noise.mask = lambda entry: torch.zeros(size, dtype=torch.uint8)
+    with tempfile.TemporaryDirectory() as place:
+        changes = dict(labels=cfg.batch, steps=4, evals=1, workers=0, out=f"{place}/run")
+        train(dataclasses.replace(cfg, clip_weights="none", conv_weights="none", **changes), noise)
+
+def parse_args(argv) -> tuple[argparse.Namespace, dict]:
+    """The command line, and of it the fields of Config that were typed, with their values."""
+    parser = argparse.ArgumentParser("semivl.py", usage="semivl.py [options]", allow_abbrev=False)
+    comments = dict(re.findall(r"    (\w+): .*?  # (.*)", Path(__file__).read_text("utf-8")))
+    for name, kind in Config.__annotations__.items():
+        default, choices = getattr(Config, name), get_args(kind) or None
+        if kind is bool:
+            default, choices = ("off", "on")[default], ("on", "off")
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{comments[name]} [{default}]",
+                            type=kind if kind in (int, float) else str, choices=choices)
+    actions = parser.add_mutually_exclusive_group()
+    actions.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped")
+    actions.add_argument("--eval", metavar="CKPT", help="IoU per class of a checkpoint")
+    actions.add_argument("--predict", nargs="+", metavar=("CKPT", "IMAGE"), help="masks of images")
+    actions.add_argument("--benchmark", action="store_true", help="seconds and memory of a step")
+    args = parser.parse_args(argv)
+    return args, {name: value == "on" if Config.__annotations__[name] is bool else value for
+                  name, value in vars(args).items() if name in comments and value is not None}
+
+def main(argv=None) -> int:
+    """Runs the command line; exit code 2 and one line for a user's mistake, 130 for Ctrl-C."""
+    try:
+        args, typed = parse_args(argv)
+        known = {"device", "dataset", "root", "workers"} if args.resume else {
+            "device", "dataset", "root", "out", "stride"} if args.eval or args.predict else {*typed}
+        require({*typed} <= known, f"of the options only {', '.join(known)} may be given here")
+        if args.resume:
+            saved = load_file(Path(args.resume) / "last.pt", *(
+                "model config classes student optimizer labelled step last best".split()))
+            train(Config(**saved["config"] | typed | dict(out=args.resume)), saved=saved)
+        elif args.eval:
+            model, cfg, classes = load_checkpoint(args.eval, typed)
+            folder, device = open_data(cfg), pick_device(cfg.device)
+            require([*folder.classes] == [*classes], f"{folder.path}: other classes")
+            check_folder(folder, folder.val + folder.test)
+            out = new_run(cfg) if cfg.out else None
+            report({"SemiVL": model.to(device)}, folder, cfg, device, out)
+        elif args.predict:
+            predict(args.predict[0], args.predict[1:], typed)
+        else:
+            cfg = Config(**PRESETS.get(typed.get("dataset", "toy"), {}) | typed)
+            benchmark(cfg) if args.benchmark else train(cfg)
+        return 0
+    except KeyboardInterrupt:
+        print("semivl.py: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
+        text = str(error).strip()
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
+            text = "out of memory: take a smaller --micro-batch or --crop"
+        elif isinstance(error, RuntimeError) and "DataLoader worker" not in text:
+            raise
+        # An error of a loader process comes with that process's traceback in front.
+        print(f"semivl.py: {text.rpartition('ValueError: ')[2]}", file=sys.stderr)
+        return 2
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace", line_buffering=True)  # for names a console lacks
     sys.exit(main())

@@ -1,6 +1,8 @@
-"""What semivl.py guarantees, one claim a test.
+"""What semivl.py and data_prep.py promise, one promise a test.
 
-    pytest -q test_semivl.py
+    pytest -q test_semivl.py            all of it: minutes on a laptop
+    pytest -q test_semivl.py -k small   shapes and a tiny overfit first: seconds
+    pytest -q test_semivl.py -k equal   equality with the authors' code
 
 The numbers below were computed once by the authors' code (google-research/semivl, commit 13ee65d,
 float32, CPU) with weights made by a formula, so that nobody has to carry a weight file.
@@ -13,7 +15,6 @@ import http.server
 import io
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
@@ -25,26 +26,56 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import open_clip
 import pytest
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 import data_prep
 import semivl
-from semivl import Config, Targets
+from semivl import IGNORE, Config, Targets
 
-IGNORE = semivl.IGNORE
+# ----------------------------------------------------------------------------------------------
+# The small test
+
+
+def tiny_model(classes=3, crop=64, decoder="language"):
+    """A student around a random tiny CLIP."""
+    torch.manual_seed(0)
+    text = F.normalize(torch.randn(classes, 64), dim=1)
+    return semivl.build_model(Config(crop=crop, decoder=decoder), data_prep.empty_clip("toy").visual,
+                              text)
+
+
+@pytest.mark.parametrize("decoder", ["language", "vision"])
+@pytest.mark.parametrize("size", [(64, 64), (40, 96), (33, 17), (9, 130)])
+@torch.no_grad()
+def test_small_logits_have_the_size_of_the_image(size, decoder):
+    model = tiny_model(classes=4, decoder=decoder).eval()
+    assert model(torch.rand(2, 3, *size)).shape == (2, 4, *size)
+
+
+def test_small_two_scenes_are_learned_by_heart():
+    model = tiny_model(classes=3)
+    masks = torch.zeros(2, 64, 64, dtype=torch.long)
+    masks[0, 16:, :32], masks[1, :32, 16:], masks[1, 32:, :32] = 1, 2, 1
+    colours = torch.tensor([[0.6, 0.6, 0.4], [0.7, 0.3, 0.5], [0.3, 0.5, 0.7]])
+    images = colours[masks].permute(0, 3, 1, 2) + 0.03 * random_normal(2, (2, 3, 64, 64))
+    optimizer = semivl.make_optimizer(model, Config(lr=1e-3, vit_lr=1e-3))
+    for _ in range(50):
+        semivl.supervised_loss(model(images), masks).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    iou = semivl.iou_per_class(semivl.confusion_matrix(model(images).argmax(1), masks, 3))
+    assert iou.mean() > 95
+
 
 # ----------------------------------------------------------------------------------------------
 # Equality with the authors' code. Each array: its first 4 values, 16 values spread evenly over
-# it, the mean, the absolute maximum.
-# ----------------------------------------------------------------------------------------------
+# it, the mean, the absolute maximum. Their images are normalised; ours are in [0, 1].
 
 ARRAYS = {
     "skip_layer0": [0.15992, 3.27752, -0.056616, -1.702557, 0.15992, 0.467877, -1.497985,
@@ -229,16 +260,22 @@ def unit_rows(name: bytes, rows: int) -> torch.Tensor:
 SIZES = [3, 2, 1, 1, 2]  # nine concepts of five classes
 
 
+def pixels(seed: int, shape) -> torch.Tensor:
+    """The authors' normalised random images, as they were before normalising."""
+    mean, std = (torch.tensor(t).view(3, 1, 1) for t in (semivl.IMAGENET_MEAN, semivl.IMAGENET_STD))
+    return random_normal(seed, shape) * std + mean
+
+
+def authors_model(cityscapes=False, factor=1):
+    state = authors_state(cityscapes)
+    for name in ("decode_head.head.weight", "decode_head.head.bias"):
+        state[name] = state[name] * factor
+    return semivl.load_authors_checkpoint(state, unit_rows(b"text", 5), heads=2)
+
+
 @pytest.fixture(scope="module")
 def authors():
-    text = unit_rows(b"text", 5)
-    return data_prep.load_authors_checkpoint(semivl, authors_state(), text, heads=2)
-
-
-@pytest.fixture(scope="module")
-def cityscapes():
-    text = unit_rows(b"text", 5)
-    return data_prep.load_authors_checkpoint(semivl, authors_state(True), text, heads=2)
+    return authors_model()
 
 
 def assert_golden(name: str, array: torch.Tensor, atol: float = 1e-5):
@@ -250,7 +287,7 @@ def assert_golden(name: str, array: torch.Tensor, atol: float = 1e-5):
 
 @torch.no_grad()
 def test_every_stage_of_the_forward_pass_equals_the_authors(authors):
-    images, decoder = random_normal(7, (2, 3, 128, 128)), authors.decoder
+    images, decoder = pixels(7, (2, 3, 128, 128)), authors.decoder
     dense, (skip0, skip4) = authors.clip(images)
     similarity = semivl.cosine_maps(dense, authors.text)
     spatial = decoder.spatial_reasoning(similarity)
@@ -269,7 +306,7 @@ def test_every_stage_of_the_forward_pass_equals_the_authors(authors):
 
 @torch.no_grad()
 def test_features_of_an_image_of_odd_size_equal_the_authors(authors):
-    dense, (skip0, skip4) = authors.clip(random_normal(7, (1, 3, 65, 55)))
+    dense, (skip0, skip4) = authors.clip(pixels(7, (1, 3, 65, 55)))
     assert dense.shape == (1, 512, 5, 4)
     assert_golden("odd skip_layer0", skip0)
     assert_golden("odd skip_layer4", skip4)
@@ -277,13 +314,13 @@ def test_features_of_an_image_of_odd_size_equal_the_authors(authors):
 
 
 @torch.no_grad()
-def test_cityscapes_variant_with_its_convolutional_skip_equals_the_authors(cityscapes):
-    images = random_normal(7, (2, 3, 128, 128))
-    dense, (_, skip4) = cityscapes.clip(images)
+def test_cityscapes_variant_with_its_convolutional_skip_equals_the_authors():
+    model, images = authors_model(cityscapes=True), pixels(7, (2, 3, 128, 128))
+    dense, (_, skip4) = model.clip(images)
     assert_golden("cityscapes skip4", skip4)
     assert_golden("cityscapes embed", dense)
-    assert_golden("cityscapes conv", cityscapes.conv(images)[-1])
-    assert_golden("cityscapes logits", cityscapes(images))
+    assert_golden("cityscapes conv", model.conv(images)[-1])
+    assert_golden("cityscapes logits", model(images))
 
 
 @pytest.mark.parametrize("conf, counts, grid", [
@@ -292,7 +329,7 @@ def test_cityscapes_variant_with_its_convolutional_skip_equals_the_authors(citys
 ])
 def test_guidance_labels_equal_the_authors(authors, conf, counts, grid):
     guidance = semivl.FrozenGuidance(authors.clip, unit_rows(b"concepts", 9), SIZES, conf)
-    images = random_normal(7, (2, 3, 128, 128))
+    images = pixels(7, (2, 3, 128, 128))
     labels = guidance.labels(images)
     assert dict(zip(*(t.tolist() for t in labels.unique(return_counts=True)))) == counts
     assert labels[0, 0, ::16].tolist() == grid
@@ -302,39 +339,34 @@ def test_guidance_labels_equal_the_authors(authors, conf, counts, grid):
 @pytest.mark.parametrize("variant", STEP)
 def test_losses_and_gradients_of_a_step_equal_the_authors(variant, monkeypatch):
     conf, factor = variant
-    state = authors_state()
-    for name in ("decode_head.head.weight", "decode_head.head.bias"):
-        state[name] = state[name] * factor
-    student = data_prep.load_authors_checkpoint(semivl, state, unit_rows(b"text", 5), heads=2)
+    student = authors_model(factor=factor)
     # Feature dropout without chance: channels of odd index go, the others double.
     monkeypatch.setattr(F, "dropout2d", lambda f, p: 2 * f * (
         torch.arange(f.shape[1]) % 2 == 0).float()[:, None, None])
     guidance = semivl.FrozenGuidance(
-        semivl.copy_trained(student.clip), unit_rows(b"concepts", 9), SIZES, conf=0.7)
-    x, w, s1, s2 = (random_normal(seed, (2, 3, 128, 128)) for seed in (11, 12, 13, 14))
+        semivl.copy_trained(student.clip), unit_rows(b"concepts", 9), SIZES, 0.7)
+    x, w, s1, s2 = (pixels(seed, (2, 3, 128, 128)) for seed in (11, 12, 13, 14))
     y = torch.from_numpy(np.random.RandomState(15).randint(0, 5, (2, 128, 128)))
     y[:, :8] = IGNORE
     padding = torch.zeros(2, 128, 128, dtype=torch.bool)
     padding[0, -16:] = True
     box1 = torch.tensor([[64, 16, 128, 80], [0, 0, 0, 0]])
     box2 = torch.tensor([[64, 64, 128, 128]] * 2)
-
-    targets = semivl.make_targets(semivl.EMATeacher(student, 0), guidance, w, padding)
-
-    def mixed(view, box):
-        def paste(t):
-            return semivl.cutmix(t, t.flip(0), box)
-        return paste(view), targets.apply(paste)
-
-    views = {"s1": mixed(s1, box1), "s2": mixed(s2, box2), "fp": (w, targets)}
-    losses = semivl.semivl_loss(student, x, y, views, guidance_weight=0.075, conf=conf)
+    own = semivl.make_targets(semivl.EMATeacher(student, 0), guidance, w, padding)
+    images, targets = {"x": x}, {}
+    for name, view, box in (("s1", s1, box1), ("s2", s2, box2)):
+        images[name] = semivl.cutmix(view, view.flip(0), box)
+        targets[name] = own.map(lambda t: semivl.cutmix(t, t.flip(0), box))
+    images["fp"], targets["fp"] = w, own
+    logits = student(torch.cat([*images.values()]), num_perturbed=2).split(2)
+    losses = semivl.semivl_loss(dict(zip(images, logits)), y, targets, 0.075, conf)
     losses["total"].backward()
 
     expected, norms = STEP[variant]
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
         expected, rel=0, abs=1e-5)
-    assert (views["s1"][1].clip_label == IGNORE).sum() == 12766
-    assert (targets.clip_label == 4).sum() == 12364
+    assert (targets["s1"].clip_label == IGNORE).sum() == 12766
+    assert (own.clip_label == 4).sum() == 12364
     for group, norm in norms.items():
         prefix = {"clip": "clip.", "position": "clip.visual.positional_embedding",
                   "decoder": "decoder."}.get(group, f"decoder.{group}")
@@ -347,7 +379,7 @@ def test_losses_and_gradients_of_a_step_equal_the_authors(variant, monkeypatch):
 
 @torch.no_grad()
 def test_window_average_equals_the_authors(authors):
-    logits = semivl.sliding_window(authors, random_normal(21, (1, 3, 150, 300)), 128, 106)
+    logits = semivl.sliding_window(authors, pixels(21, (1, 3, 150, 300)), 128, 106)
     logits = F.interpolate(logits, (180, 360), mode="bilinear", align_corners=True)
     assert_golden("window average", logits, atol=2e-5)
     prediction = logits.argmax(1)[0]
@@ -366,8 +398,7 @@ def test_window_average_equals_the_authors(authors):
 
 @torch.no_grad()
 def test_window_probabilities_equal_the_authors_with_one_resize(authors):
-    image = random_normal(21, (1, 3, 150, 310))
-    scores = semivl.sliding_window(authors, image, 128, 85, mode="probabilities")
+    scores = semivl.sliding_window(authors, pixels(21, (1, 3, 150, 310)), 128, 85, "probabilities")
     counts = scores.argmax(1).flatten().bincount()
     # Near-ties may fall either way on another processor: three pixels a class.
     assert (counts - torch.tensor([15903, 4131, 20706, 3233, 2527])).abs().max() <= 3
@@ -379,17 +410,18 @@ def test_learning_rate_equals_the_authors():
     assert rates == pytest.approx(expected, rel=1e-12)
 
 
-# ----------------------------------------------------------------------------------------------
-# CLIP
-# ----------------------------------------------------------------------------------------------
+@torch.no_grad()
+def test_bf16_logits_equal_the_authors_but_for_two_percent_of_their_range(authors):
+    images = pixels(7, (2, 3, 128, 128))
+    exact = authors(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = authors(images)
+    assert logits.dtype == torch.float32 and not torch.equal(logits, exact)
+    assert (logits - exact).abs().max() < 0.02 * (exact.max() - exact.min())
 
 
-def tiny_model(classes=3, crop=64, decoder="language", seed=0):
-    """A student around a random tiny CLIP."""
-    torch.manual_seed(seed)
-    cfg = Config(crop=crop, decoder=decoder)
-    visual = data_prep.empty_clip("toy").visual
-    return semivl.assemble(cfg, visual, F.normalize(torch.randn(classes, 64), dim=1))
+# ----------------------------------------------------------------------------------------------
+# CLIP and language
 
 
 @pytest.mark.parametrize("pool", ["tok", "avg"])
@@ -398,8 +430,10 @@ def test_with_attention_kept_the_dense_path_is_open_clips_image_embedding(pool):
     torch.manual_seed(0)
     config = dict(image_size=64, patch_size=16, width=64, layers=3, head_width=32, pool_type=pool)
     clip = open_clip.CLIP(64, config, dict(width=32, heads=2, layers=1), quick_gelu=True).eval()
-    images = torch.randn(2, 3, 64, 64)
-    theirs = clip.encode_image(images, normalize=True)
+    clip.visual.image_mean, clip.visual.image_std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    images = torch.rand(2, 3, 64, 64)
+    mean, std = (torch.tensor(t).view(3, 1, 1) for t in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)))
+    theirs = clip.encode_image((images - mean) / std, normalize=True)
     tokens, _, _ = semivl.DenseCLIP(clip.visual).encode(images, last_attention=True)
     ours = F.normalize(tokens[:, 1:].mean(1) if pool == "avg" else tokens[:, 0], dim=1)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
@@ -413,6 +447,16 @@ def test_the_authors_clip_differs_and_is_switched_by_one_argument():
         return semivl.DenseCLIP(clip.visual, authors=authors)(torch.ones(1, 3, 64, 64))[0]
 
     assert (dense(True) - dense(False)).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("patch, layers, blocks", [(32, 12, (0, 4)), (14, 24, (0, 8))])
+@torch.no_grad()
+def test_any_plain_vit_fits(patch, layers, blocks):
+    clip = open_clip.CLIP(64, dict(image_size=224, patch_size=patch, width=64, layers=layers),
+                          dict(width=32, heads=2, layers=1, context_length=16))
+    model = semivl.build_model(Config(crop=128), clip.visual, torch.randn(3, 64))
+    assert model.clip.skip_blocks == blocks
+    assert model(torch.rand(1, 3, 128, 128)).shape == (1, 3, 128, 128)
 
 
 def test_spatial_fine_tuning_trains_attention_and_position_only(authors):
@@ -431,6 +475,7 @@ def test_what_would_be_computed_wrongly_is_refused():
         32, 8, 32, 2, 2, 4, output_dim=8, block_type="custom", scale_attn_inner=True)
     for wrong in (lambda: semivl.DenseCLIP(visual), lambda: semivl.DenseCLIP(scaled),
                   lambda: semivl.spatial_fine_tuning(visual, "Spatial"),
+                  lambda: semivl.window_starts(1, 1, 1, "logit"),
                   lambda: semivl.consistency_loss(*[None] * 4, weighting="pixels")):
         with pytest.raises(ValueError):
             wrong()
@@ -439,38 +484,33 @@ def test_what_would_be_computed_wrongly_is_refused():
 def test_definitions_average_for_the_decoder_and_stand_apart_for_guidance():
     clip = data_prep.empty_clip("toy")
     classes = {"ground": ["grass", "sand"], "car": ["car"]}
-    language = semivl.describe_classes(clip, classes, Config(decoder_text="mean"))
+    text, _, concepts, sizes = semivl.describe_classes(clip, classes, Config(decoder_text="mean"))
     raw = semivl.encode_text(clip, ["grass", "sand"])
-    torch.testing.assert_close(language.decoder_text[0], F.normalize(raw.mean(0), dim=0))
-    assert language.sizes == [2, 1]
-    torch.testing.assert_close(language.concepts[:2], F.normalize(raw, dim=1))
-    off = semivl.describe_classes(clip, classes, Config(definitions=False))
-    torch.testing.assert_close(off.concepts, off.names)
-    torch.testing.assert_close(off.decoder_text, off.names)
+    torch.testing.assert_close(text[0], F.normalize(raw.mean(0), dim=0))
+    assert sizes == [2, 1]
+    torch.testing.assert_close(concepts[:2], F.normalize(raw, dim=1))
+    text, names, concepts, _ = semivl.describe_classes(clip, classes, Config(definitions=False))
+    torch.testing.assert_close(concepts, names)
+    torch.testing.assert_close(text, names)
 
 
-def test_the_published_classes_are_complete():
-    counts = {name: (len(c), sum(map(len, c.values()))) for name, c in semivl.CLASSES.items()}
-    assert counts == {"voc": (21, 98), "cityscapes": (19, 54), "coco": (81, 81),
-                      "ade20k": (150, 150)}
+def test_the_published_definitions_are_complete():
+    counts = {name: (len(c), sum(map(len, c.values()))) for name, c in semivl.DEFINITIONS.items()}
+    assert counts == {"voc": (21, 98), "cityscapes": (19, 54)}
+    for name, classes in semivl.DEFINITIONS.items():
+        assert list(classes) == data_prep.CLASSES[name]
+    assert semivl.DEFINITIONS["voc"]["tvmonitor"] == ["tv", "monitor", "standalone screen"]
+    assert semivl.DEFINITIONS["cityscapes"]["wall"] == [
+        "individual standing wall, which is not part of a building"]
 
 
 # ----------------------------------------------------------------------------------------------
-# The model
-# ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("decoder", ["language", "vision"])
-@pytest.mark.parametrize("size", [(64, 64), (40, 96), (33, 17), (9, 130)])
-@torch.no_grad()
-def test_logits_have_the_size_of_the_image(size, decoder):
-    model = tiny_model(classes=4, decoder=decoder).eval()
-    assert model(torch.randn(2, 3, *size)).shape == (2, 4, *size)
+# The networks
 
 
 @torch.no_grad()
 def test_permuting_the_classes_permutes_the_logits():
-    model, images = tiny_model(classes=5).eval(), torch.randn(1, 3, 64, 64)
+    model, images = tiny_model(classes=5).eval(), torch.rand(1, 3, 64, 64)
     logits, order = model(images), torch.tensor([3, 0, 4, 2, 1])
     model.text = model.text[order]
     torch.testing.assert_close(model(images), logits[:, order], rtol=0, atol=1e-5)
@@ -480,8 +520,8 @@ def test_permuting_the_classes_permutes_the_logits():
 
 @torch.no_grad()
 def test_perturbation_touches_only_the_last_images():
-    model, images = tiny_model().eval(), torch.randn(3, 3, 64, 64)
-    clean, perturbed = model(images), model(images, perturb=1)
+    model, images = tiny_model().eval(), torch.rand(3, 3, 64, 64)
+    clean, perturbed = model(images), model(images, num_perturbed=1)
     torch.testing.assert_close(clean[:2], perturbed[:2], rtol=0, atol=1e-5)
     assert (clean[2] - perturbed[2]).abs().max() > 1e-3
 
@@ -507,9 +547,24 @@ def test_the_teacher_follows_the_formula():
     torch.testing.assert_close(dict(teacher.model.named_parameters())[name].data, expected)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_groups_of_classes_change_nothing(monkeypatch, recompute):
+    decoder = semivl.LanguageGuidedDecoder(16, 8, 8)
+    dense, shallow, deep = (random_normal(c, (2, c, 6, 6)) for c in (16, 8, 8))
+    results = []
+    for group in (1000, 6):  # of 2 images times 7 classes: all at once; 3, 3 and 1
+        monkeypatch.setattr(semivl, "MAPS_AT_ONCE", group)
+        decoder.recompute = recompute and group == 6
+        decoder.zero_grad()
+        logits = decoder(dense, (shallow, deep), random_normal(1, (7, 16)))
+        logits.square().mean().backward()
+        results.append([logits, *(p.grad.clone() for p in decoder.parameters())])
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 # ----------------------------------------------------------------------------------------------
 # Losses and CutMix
-# ----------------------------------------------------------------------------------------------
 
 
 def random_targets(B=2, N=3, side=8, seed=0):
@@ -535,7 +590,7 @@ def test_consistency_loss_is_the_written_formula(weighting):
             kept = float(t.confidence[b, i, j] >= 0.6)
             weight = {"pixel": kept, "mean": mean, "share": share}[weighting]
             total -= weight * float(logits[b, :, i, j].log_softmax(0)[t.label[b, i, j]])
-    loss = semivl.consistency_loss(logits, *t[:3], conf=0.6, weighting=weighting)
+    loss = semivl.consistency_loss(logits, *t[:3], conf_thresh=0.6, weighting=weighting)
     assert loss.item() == pytest.approx(total / int((~t.padding).sum()), rel=1e-5)
 
 
@@ -554,8 +609,7 @@ def test_padding_and_ignored_pixels_have_no_influence():
 
 def test_losses_without_any_valid_pixel_are_zero():
     logits, t = random_targets()
-    nothing = torch.ones_like(t.padding)
-    t = t._replace(padding=nothing, clip_label=torch.full_like(t.clip_label, IGNORE))
+    t = t._replace(padding=t.padding | True, clip_label=torch.full_like(t.clip_label, IGNORE))
     assert semivl.supervised_loss(logits, torch.full_like(t.label, IGNORE)) == 0
     assert semivl.guidance_loss(logits, t.clip_label) == 0
     for weighting in ("pixel", "mean", "share"):
@@ -565,8 +619,18 @@ def test_losses_without_any_valid_pixel_are_zero():
 def test_the_confidence_threshold_itself_is_kept():
     logits, t = random_targets()
     t = t._replace(confidence=torch.full_like(t.confidence, 0.5))
-    assert semivl.consistency_loss(logits, *t[:3], conf=0.5) > 0
-    assert semivl.consistency_loss(logits, *t[:3], conf=0.500001) == 0
+    assert semivl.consistency_loss(logits, *t[:3], conf_thresh=0.5) > 0
+    assert semivl.consistency_loss(logits, *t[:3], conf_thresh=0.500001) == 0
+
+
+def test_strong_views_share_half_of_the_weight_however_many_they_are():
+    logits, t = random_targets()
+    views = ("s1", "s2", "s3", "fp")
+    losses = semivl.semivl_loss(dict.fromkeys(("x", *views), logits), t.label,
+                                dict.fromkeys(views, t), 0.3, 0.5)
+    L, G = losses["s3"], losses["guidance_s3"]  # all views are the same here
+    assert losses["total"] == pytest.approx(float((losses["x"] + L) / 2 + 0.3 * G))
+    assert semivl.semivl_loss({"x": logits}, t.label, {}, 0.3)["total"] == losses["x"]
 
 
 def test_cutmix_moves_image_and_all_targets_together():
@@ -575,28 +639,102 @@ def test_cutmix_moves_image_and_all_targets_together():
     images = value.float().unsqueeze(1).repeat(1, 3, 1, 1)
     box = torch.tensor([[2, 1, 5, 7], [0, 0, 0, 0]])
     mixed = semivl.cutmix(images, images.flip(0), box)
-    t = targets.apply(lambda t: semivl.cutmix(t, t.flip(0), box))
+    t = targets.map(lambda t: semivl.cutmix(t, t.flip(0), box))
     expected = value.clone()
     expected[0, 2:5, 1:7] = value[1, 2:5, 1:7]
-    assert torch.equal(t.label, expected)
     assert torch.equal(mixed, expected.float().unsqueeze(1).repeat(1, 3, 1, 1))
-    assert torch.equal(t.confidence, expected.float())
-    assert torch.equal(t.padding, expected % 2 == 0)
-    assert torch.equal(t.clip_label, expected + 1)
+    assert torch.equal(t.label, expected) and torch.equal(t.confidence, expected.float())
+    assert torch.equal(t.padding, expected % 2 == 0) and torch.equal(t.clip_label, expected + 1)
 
 
 # ----------------------------------------------------------------------------------------------
-# Augmentation and data
-# ----------------------------------------------------------------------------------------------
+# Data and augmentation
+
+
+def make_folder(path: Path, scenes=6) -> Path:
+    """A small folder of images by the toy world's painter."""
+    painter = data_prep.Painter("test")
+    for kind in ("images", "masks", "splits"):
+        (path / kind).mkdir(parents=True)
+    for i in range(scenes):
+        image, mask = painter.scene()
+        image.save(path / f"images/{i}.png")
+        mask.save(path / f"masks/{i}.png")
+    lines = [f"images/{i}.png masks/{i}.png" for i in range(scenes)]
+    content = dict(classes=data_prep.TOY_CLASSES, definitions={"vehicle": ["car", "boat"]})
+    (path / "dataset.json").write_text(json.dumps(content))
+    (path / "splits/train.txt").write_text("\n".join(lines[:-2]))
+    (path / "splits/val.txt").write_text("\n".join(lines[-2:]))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path / "images")
+
+
+def test_palette_masks_are_read_as_class_numbers_and_ignore_index_as_ignore(folder):
+    file = folder / "masks/0.png"
+    raw = np.array(Image.open(file))
+    assert Image.open(file).mode == "P" and raw.max() > 0
+    assert np.array_equal(semivl.read_mask(file, 6), raw)
+    assert np.array_equal(semivl.read_mask(file, 6, ignore=0) == IGNORE, raw == 0)
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    pixels[:10] = 200  # bright above
+    for orientation, turn in ((3, 2), (6, 1), (8, 3)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(np.rot90(pixels, turn)).save(tmp_path / "a.png", exif=exif)
+        assert np.array_equal(semivl.read_image(tmp_path / "a.png").permute(1, 2, 0), pixels)
+
+
+def test_labelled_images_are_drawn_by_the_seed_or_taken_from_the_list(folder):
+    data = semivl.open_data(Config(dataset=str(folder)))
+    assert semivl.draw_labelled(data, 2, 0) == semivl.draw_labelled(data, 2, 0)
+    assert len({tuple(semivl.draw_labelled(data, 2, seed)) for seed in range(8)}) > 1
+    (folder / "splits/2").mkdir()
+    (folder / "splits/2/labeled.txt").write_text(
+        "images/1.png masks/1.png\nimages/3.png masks/3.png\n")
+    assert [image for image, _ in semivl.draw_labelled(data, 2, 5)] == ["images/1.png",
+                                                                        "images/3.png"]
+
+
+def test_every_item_is_a_function_of_seed_and_position(folder):
+    cfg = Config(dataset=str(folder), crop=32, fit=False)
+    data = semivl.open_data(cfg)
+    items = semivl.TrainingSet(data, data.train[:2], data.train[2:], cfg)
+    first, state = items[7], torch.get_rng_state()
+    again = items[7]
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers are untouched
+    for name, value in first.items():
+        assert value == again[name] if name == "files" else torch.equal(value, again[name])
+    assert not torch.equal(first["s1"], first["s2"])
+    once = [items.pick(items.unlabelled, i) for i in range(len(items.unlabelled))]
+    assert sorted(once) == sorted(items.unlabelled)  # an epoch sees every image once
 
 
 @pytest.mark.parametrize("size, r, expected", [
     ((375, 500), 0.5, (256, 341)), ((375, 500), 1.0, (512, 683)), ((375, 500), 2.0, (1024, 1365)),
-    ((100, 500), 1.0, (410, 2048)),
+    ((100, 500), 1.0, (410, 2048)), ((375, 500), 1.001, (512, 683)),
 ])
 def test_random_scale_fits_the_image_as_published(size, r, expected):
     cfg = Config(scale_min=r, scale_max=r)
     assert tuple(semivl.random_size(*size, cfg)) == expected
+
+
+def test_masks_are_resized_to_the_nearest_of_cv2_with_fit_and_of_pil_without():
+    image, mask = torch.zeros(3, 4, 10, dtype=torch.uint8), torch.arange(40).byte().view(4, 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(semivl, "random_size", lambda *_: [4, 7])
+        patch.setattr(torch, "rand", lambda *_: torch.tensor(1.0))  # no flip
+        rows = {fit: semivl.scale_crop_flip(image, mask, Config(crop=7, fit=fit))[1][0].tolist()
+                for fit in (True, False)}
+    assert rows[True] == [int(i * 10 / 7) for i in range(7)]
+    assert rows[False] == np.array(Image.fromarray(mask.numpy()).resize(
+        (7, 4), Image.Resampling.NEAREST))[0].tolist() != rows[True]
 
 
 def test_scale_crop_flip_keeps_image_and_mask_aligned_and_marks_padding():
@@ -604,12 +742,12 @@ def test_scale_crop_flip_keeps_image_and_mask_aligned_and_marks_padding():
     mask = torch.zeros(40, 60, dtype=torch.uint8)
     mask[10:30, 20:50] = 1
     image = (200 * mask + 55).repeat(3, 1, 1)
-    for _ in range(20):
-        x, y = semivl.scale_crop_flip(image, mask, Config(crop=64, fit=False))
+    for i in range(20):
+        x, y = semivl.scale_crop_flip(image, mask, Config(crop=64, fit=i % 2 == 0))
         assert x.shape == (3, 64, 64) and y.shape == (64, 64)
         assert (x[0][y == IGNORE] == 0).all()
         aligned = ((x[0] > 155) == (y == 1))[y != IGNORE]
-        assert aligned.float().mean() > 0.97  # edges are blurred, labels are not
+        assert aligned.float().mean() > 0.95  # edges are blurred, labels are not
 
 
 def test_strong_views_have_the_published_distribution():
@@ -622,7 +760,6 @@ def test_strong_views_have_the_published_distribution():
     assert jittered.min() < 0.53 and jittered.max() > 1.47
     assert ((jittered > 0.48) & (jittered < 1.52)).all()
     assert jittered.mean() == pytest.approx(1, abs=0.04)
-    assert jittered.std() == pytest.approx(1 / 12**0.5, abs=0.02)  # uniform on [0.5, 1.5]
 
     edge = torch.zeros(3, 16, 16, dtype=torch.uint8)
     edge[:, :, 8:] = torch.tensor([200, 120, 80], dtype=torch.uint8)[:, None, None]
@@ -645,473 +782,14 @@ def test_cutmix_boxes_have_the_published_distribution():
     assert 0.015 < drawn.min() and drawn.max() <= 0.4 and boxes.max() <= 100
 
 
-def make_folder(path: Path, scenes=6, side=48) -> Path:
-    """A small folder of pictures by the toy world's painter."""
-    painter = data_prep.Painter("test")
-    for kind in ("images", "masks", "splits"):
-        (path / kind).mkdir(parents=True)
-    lines = []
-    for i in range(scenes):
-        image, mask = painter.scene()
-        image.save(path / f"images/{i}.png")
-        mask.save(path / f"masks/{i}.png")
-        lines.append(f"images/{i}.png masks/{i}.png")
-    content = {"classes": data_prep.TOY_CLASSES, "definitions": data_prep.TOY_DEFINITIONS}
-    (path / "dataset.json").write_text(json.dumps(content))
-    (path / "splits/train.txt").write_text("\n".join(lines[:-2]) + "\nimages/0.png\n")
-    (path / "splits/val.txt").write_text("\n".join(lines[-2:]))
-    return path
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return make_folder(tmp_path / "pictures")
-
-
-def test_palette_masks_are_read_as_class_numbers(folder):
-    data = data_prep.open_folder(folder)
-    raw = np.array(Image.open(folder / "masks/0.png"))
-    assert Image.open(folder / "masks/0.png").mode == "P" and raw.max() > 0
-    assert np.array_equal(data.mask(data.train[0]).numpy(), raw)
-
-
-def test_the_folders_own_ignore_value_becomes_ours(folder):
-    content = json.loads((folder / "dataset.json").read_text()) | {"ignore_index": 0}
-    (folder / "dataset.json").write_text(json.dumps(content))
-    data = data_prep.open_folder(folder)
-    raw = np.array(Image.open(folder / "masks/0.png"))
-    assert np.array_equal(data.mask(data.train[0]).numpy() == IGNORE, raw == 0)
-
-
-def test_labelled_images_are_drawn_by_the_seed_or_taken_from_the_list(folder):
-    def draw(seed):
-        data = data_prep.open_folder(folder)
-        data.choose_labelled(Config(dataset="pictures", labels=2, seed=seed))
-        return data
-
-    assert draw(0).labelled == draw(0).labelled
-    assert len({tuple(draw(seed).labelled) for seed in range(8)}) > 1
-    assert not {i for i, _ in draw(0).labelled} & {i for i, _ in draw(0).unlabelled}
-    (folder / "splits/2").mkdir()
-    (folder / "splits/2/labeled.txt").write_text(
-        "images/1.png masks/1.png\nimages/3.png masks/3.png\n")
-    assert [image for image, _ in draw(5).labelled] == ["images/1.png", "images/3.png"]
-
-
-def test_every_item_is_a_function_of_seed_and_position(folder):
-    data = data_prep.open_folder(folder)
-    data.choose_labelled(Config(dataset="pictures", labels=2))
-    cfg = Config(crop=32, fit=False)
-    items = semivl.TrainingPictures(data, data.labelled, data.unlabelled, cfg, length=20)
-    first, state = items[7], torch.get_rng_state()
-    again = items[7]
-    assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers are untouched
-    for name, value in first.items():
-        assert value == again[name] if name == "files" else torch.equal(value, again[name])
-    assert not torch.equal(first["s1"], first["s2"])
-    once = [items.pick("unlabelled", i) for i in range(len(data.unlabelled))]
-    assert sorted(once) == sorted(data.unlabelled)  # an epoch sees every image once
-
-
-# ----------------------------------------------------------------------------------------------
-# The published data sets, from small archives of the true layout, served on this machine
-# ----------------------------------------------------------------------------------------------
-
-
-class Host(http.server.BaseHTTPRequestHandler):
-    """Serves `server.files`; a path in `server.breaking` is cut off in the middle, once."""
-
-    def do_GET(self):
-        host, path = self.server, self.path
-        host.seen.append((path, self.headers.get("Range")))
-        if path not in host.files:
-            return self.send_error(404)
-        content, start = host.files[path], 0
-        if self.headers.get("Range") and host.ranges:
-            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-            if start >= len(content):
-                return self.send_error(416)
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        end = len(content) // 2 if path in host.breaking else len(content)
-        host.breaking.discard(path)
-        self.wfile.write(content[start:end])
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def host():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host)
-    server.files, server.breaking, server.seen, server.ranges = {}, set(), [], True
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def encoded(array, kind="PNG", palette=False) -> bytes:
-    picture = Image.fromarray(array)
-    if palette:
-        picture.putpalette(np.random.RandomState(0).randint(0, 255, 768).tolist())
-    file = io.BytesIO()
-    picture.save(file, kind)
-    return file.getvalue()
-
-
-def archive(kind: str, members: dict) -> bytes:
-    file = io.BytesIO()
-    if kind == "zip":
-        with zipfile.ZipFile(file, "w") as out:
-            for name, content in members.items():
-                out.writestr(name, content)
-    else:
-        with tarfile.open(fileobj=file, mode="w") as out:
-            for name, content in members.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                out.addfile(info, io.BytesIO(content))
-            link = tarfile.TarInfo("VOCdevkit/VOC2012/JPEGImages/link.jpg")
-            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-            out.addfile(link)
-    return file.getvalue()
-
-
-class AlwaysIn:
-    """A set that holds everything and loses nothing."""
-
-    def __contains__(self, _):
-        return True
-
-    def discard(self, _):
-        pass
-
-
-PHOTO = encoded(np.full((20, 30, 3), 99, np.uint8), "JPEG")
-MASK = np.arange(600, dtype=np.uint8).reshape(20, 30) % 19
-
-
-def small_world(name: str) -> tuple[dict, dict]:
-    """Three training and two validation images -> archives {name: bytes}, lists {path: text}."""
-    if name == "voc":
-        names = ["2007_000001", "2007_000002", "2008_000003", "2007_000004", "2007_000005"]
-        root, mask = "VOCdevkit/VOC2012/", MASK.copy()
-        mask[0, 0] = IGNORE
-        members = {f"{root}JPEGImages/{n}.jpg": PHOTO for n in names}
-        members |= {f"{root}SegmentationClass/{n}.png": encoded(mask, palette=True)
-                    for n in names if n[3] != "8"}  # 2008_000003 has no mask: it needs none
-        members |= {f"{root}Annotations/{names[0]}.xml": b"", "../../escaped.jpg": b"x",
-                    f"{root}JPEGImages/../../../../escaped.jpg": b"x"}
-        archives = {"VOCtrainval_11-May-2012.tar": archive("tar", members)}
-        line = "JPEGImages/{0}.jpg SegmentationClass/{0}.png".format
-    elif name == "coco":
-        names = [f"{i:012}" for i in (7, 8, 9, 4, 5)]
-        archives = {
-            "train2017.zip": archive("zip", {f"train2017/{n}.jpg": PHOTO for n in names[:3]}),
-            "val2017.zip": archive("zip", {f"val2017/{n}.jpg": PHOTO for n in names[3:]}),
-            "ground_truth_coco.zip": archive("zip", {
-                f"somewhere/deep/{n}.png": encoded(MASK + 60) for n in names}
-                | {f"__MACOSX/._{names[0]}.png": b"", "../../000000000001.png": encoded(MASK)})}
-        places = dict.fromkeys(names[:3], "train2017") | dict.fromkeys(names[3:], "val2017")
-        line = lambda n: f"{places[n]}/{n}.jpg masks/{n}.png"  # noqa: E731
-    elif name == "ade20k":
-        names = [f"training/ADE_train_{i:08}" for i in (1, 2, 3)]
-        names += [f"validation/ADE_val_{i:08}" for i in (1, 2)]
-        root, mask = "ADEChallengeData2016/", MASK.copy()
-        mask[0, :3] = 0, 1, 150
-        archives = {"ADEChallengeData2016.zip": archive("zip", {
-            f"{root}{n}": b"" for n in ("sceneCategories.txt", "images/training/../../../up.jpg")}
-            | {f"{root}images/{n}.jpg": PHOTO for n in names}
-            | {f"{root}annotations/{n}.png": encoded(mask) for n in names})}
-        line = None
-    else:
-        names = ["train/bonn/bonn_000001_000019", "train/bonn/bonn_000002_000019",
-                 "train/jena/jena_000003_000019", "val/ulm/ulm_000004_000019",
-                 "val/ulm/ulm_000005_000019"]
-        ids = np.arange(600, dtype=np.uint8).reshape(20, 30) % 34
-        archives = {
-            "leftImg8bit_trainvaltest.zip": archive("zip", {
-                f"leftImg8bit/{n}_leftImg8bit.png": encoded(np.zeros((20, 30, 3), np.uint8))
-                for n in [*names, "test/rom/rom_000006_000019"]} | {"README": b""}),
-            "gtFine_trainvaltest.zip": archive("zip", {
-                f"gtFine/{n}_gtFine_labelIds.png": encoded(ids) for n in names}
-                | {f"gtFine/{n}_gtFine_color.png": b"" for n in names})}
-        line = "leftImg8bit/{0}_leftImg8bit.png gtFine/{0}_gtFine_labelTrainIds.png".format
-    if not line:
-        return archives, {}
-    listed = {"1": names[:1], "2": names[:2], "val": names[3:]}
-    if name == "voc":
-        listed["train"] = names[:3]
-    return archives, {f"splits/{name}/{count}.txt": "\n".join(map(line, entries))
-                      for count, entries in listed.items()}
-
-
-def publish(name: str, host, monkeypatch, wrong_first=False) -> dict:
-    """Makes the program believe that the small world is the published one, served by two hosts."""
-    archives, lists = small_world(name)
-    for path, content in archives.items():
-        host.files |= {f"/first/{path}": b"spoilt" + content if wrong_first else content,
-                       f"/second/{path}": content}
-    for path, text in lists.items():
-        host.files |= {f"/lists/{path}": text.encode()}
-    monkeypatch.setattr(data_prep, "COUNTS", {name: (data_prep.COUNTS[name][0], 3, 2)})
-    monkeypatch.setitem(data_prep.PUBLISHED, name, {1: 0.0, 2: 0.0})
-    if name == "ade20k":
-        lists = {f"splits/{count}.txt": data_prep.ade20k_list(count) for count in ("1", "2", "val")}
-    monkeypatch.setitem(data_prep.LISTS, name, "\n".join(
-        f"{Path(path).stem} {path.removeprefix('splits/')} "
-        f"{hashlib.sha256(text.encode()).hexdigest()}" for path, text in lists.items()))
-    monkeypatch.setattr(data_prep, "LIST_HOSTS", (f"{host.url}/gone/", f"{host.url}/lists/"))
-    login = name == "cityscapes"
-    monkeypatch.setitem(data_prep.ARCHIVES, name, [data_prep.Archive(
-        path, 0.001, "" if "truth" in path or login else f"md5:{hashlib.md5(content).hexdigest()}",
-        () if login else (f"{host.url}/first/{path}", f"{host.url}/second/{path}"))
-        for path, content in archives.items()])
-    return archives
-
-
-@pytest.mark.parametrize("name", ["voc", "coco", "ade20k", "cityscapes"])
-def test_a_published_data_set_is_made_from_its_archives(name, host, monkeypatch, tmp_path, capsys):
-    archives = publish(name, host, monkeypatch)
-    command, source = [name, "--root", str(tmp_path / "data")], tmp_path / "zips"
-    if name == "cityscapes":
-        assert data_prep.main(command) == 2
-        assert len(capsys.readouterr().err.splitlines()) == 3
-        assert not (tmp_path / "data").exists()
-        source.mkdir()
-        for path, content in archives.items():
-            (source / path).write_bytes(content)
-        command += ["--source", str(source)]
-    assert data_prep.main(command) == 0
-    shown = capsys.readouterr().out
-    assert "GB" in shown and "3 training, 2 validation images" in shown
-    assert [p.name for p in (tmp_path / "data").iterdir()] == [name]  # no archive, no part is left
-    assert not list(tmp_path.rglob("*escaped*")) and not list(tmp_path.rglob("*link.jpg"))
-    made = tmp_path / "data" / name
-    data = data_prep.Folder(made, dict.fromkeys(range(data_prep.COUNTS[name][0])), IGNORE)
-    assert all((made / image).is_file() for image, _ in data.train)
-    mask = data.mask(data.val[0])
-    if name == "voc":
-        assert [image for image, _ in data.train][2] == "JPEGImages/2008_000003.jpg"
-        assert data.train[0][1] is None
-        with Image.open(made / data.val[0][1]) as picture:
-            assert picture.mode == "P"  # the very file of the archive
-        assert mask[0, :4].tolist() == [IGNORE, 1, 2, 3]
-    elif name == "coco":
-        assert mask[0, :4].tolist() == [60, 61, 62, 63]
-    elif name == "ade20k":
-        assert mask[0, :4].tolist() == [IGNORE, 0, 149, 2]
-    else:
-        known = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11,
-                 25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
-        assert mask.flatten()[:34].tolist() == [known.get(i, IGNORE) for i in range(34)]
-        assert [image for image, _ in data.secret] == [
-            "leftImg8bit/test/rom/rom_000006_000019_leftImg8bit.png"]
-        assert len(list(source.iterdir())) == 2  # the user's own archives stay
-    assert {p.parent.name for p in made.glob("splits/*/labeled.txt")} == {"1", "2"}
-
-    before, asked = sorted(tmp_path.rglob("*")), len(host.seen)
-    assert data_prep.main(command) == 0  # a second time: nothing to do
-    assert "nothing to do" in capsys.readouterr().out
-    assert sorted(tmp_path.rglob("*")) == before and len(host.seen) == asked
-
-
-def test_training_on_a_published_set_prepares_it_by_itself(host, monkeypatch, tmp_path, capsys):
-    publish("voc", host, monkeypatch)
-    cfg = Config(dataset="voc", labels=2, root=str(tmp_path))
-    folder = data_prep.open_data(cfg, semivl.CLASSES)
-    folder.choose_labelled(cfg)
-    folder.check(decode_all=False)
-    assert (len(folder.labelled), len(folder.unlabelled), len(folder.val)) == (2, 1, 2)
-    assert f"making {tmp_path}/voc" in capsys.readouterr().out
-
-
-def test_masks_of_ade20k_are_never_shifted_twice(host, monkeypatch, tmp_path):
-    archives = publish("ade20k", host, monkeypatch)
-    (name, content), = archives.items()
-    with zipfile.ZipFile(io.BytesIO(content)) as file:
-        members = {n: file.read(n) for n in file.namelist()}
-    for path in members:
-        if path.endswith(".png"):  # a copy in circulation: reduced already
-            mask = np.array(Image.open(io.BytesIO(members[path]))).astype(int) - 1
-            members[path] = encoded(np.where(mask < 0, IGNORE, mask).astype(np.uint8))
-    (tmp_path / "zips").mkdir()
-    (tmp_path / "zips" / name).write_bytes(archive("zip", members))
-    made = data_prep.prepare("ade20k", tmp_path, str(tmp_path / "zips"))  # other digest: a warning
-    data = data_prep.Folder(made, dict.fromkeys(range(150)), IGNORE)
-    assert data.mask(data.val[0])[0, :4].tolist() == [IGNORE, 0, 149, 2]
-
-
-@pytest.mark.parametrize("ranges", [True, False])
-def test_a_broken_transfer_goes_on_where_it_stopped(ranges, host, tmp_path):
-    content = np.random.RandomState(0).bytes(3_000_001)
-    host.files, host.breaking, host.ranges = {"/a.bin": content}, {"/a.bin"}, ranges
-    data_prep.download(f"{host.url}/a.bin", tmp_path / "a.bin")
-    assert (tmp_path / "a.bin").read_bytes() == content
-    assert host.seen == [("/a.bin", None), ("/a.bin", "bytes=1500000-")]
-    (tmp_path / "b.bin.part").write_bytes(content)  # all there, only the name is not
-    data_prep.download(f"{host.url}/a.bin", tmp_path / "b.bin")
-    assert (tmp_path / "b.bin").read_bytes() == content
-
-
-def test_a_part_of_something_else_is_fetched_anew(host, tmp_path):
-    content, digest = b"the right one", f"md5:{hashlib.md5(b'the right one').hexdigest()}"
-    host.files = {"/a.bin": content}
-    (tmp_path / "a.bin.part").write_bytes(b"wrong")
-    file, fetched = data_prep.fetch("a.bin", digest, (f"{host.url}/a.bin",), None, tmp_path)
-    assert fetched and file.read_bytes() == content
-    assert [asked for _, asked in host.seen] == ["bytes=5-", None]
-
-
-def test_a_wrong_digest_is_refused_and_the_mirror_used(host, monkeypatch, tmp_path, capsys):
-    publish("voc", host, monkeypatch, wrong_first=True)
-    assert data_prep.main(["voc", "--root", str(tmp_path)]) == 0
-    assert [path for path, _ in host.seen if "VOC" in path] == [
-        f"/{place}/VOCtrainval_11-May-2012.tar" for place in ("first", "second")]
-    host.files.pop("/second/VOCtrainval_11-May-2012.tar")
-    capsys.readouterr()
-    assert data_prep.main(["voc", "--root", str(tmp_path / "other")]) == 2
-    shown = capsys.readouterr().err
-    assert "has md5" in shown and "404" not in shown.partition("second")[0]
-    assert len(shown.splitlines()) == 1 and "--source" in shown
-    assert not (tmp_path / "other/voc").exists()
-
-
-def test_a_host_that_never_sends_the_whole_is_given_up(host, monkeypatch, tmp_path):
-    host.files, host.ranges, host.breaking = {"/a.bin": bytes(100_000)}, False, AlwaysIn()
-    with pytest.raises(OSError, match="again and again"):
-        data_prep.download(f"{host.url}/a.bin", tmp_path / "a.bin")
-    assert len(host.seen) == 2
-
-
-def test_archives_of_the_user_stay_even_in_our_downloads(host, monkeypatch, tmp_path):
-    archives = publish("cityscapes", host, monkeypatch)
-    (tmp_path / "downloads").mkdir()
-    for path, content in archives.items():
-        (tmp_path / "downloads" / path).write_bytes(content)
-    data_prep.prepare("cityscapes", tmp_path, str(tmp_path / "downloads"))
-    assert {p.name for p in (tmp_path / "downloads").iterdir()} == set(archives)
-
-
-@pytest.mark.parametrize("damage", ["truncated zip", "no zip", "broken mask", "a file in its place",
-                                    "no such source", "wrong arguments"])
-def test_mistakes_of_preparation_end_in_one_line(damage, host, monkeypatch, tmp_path, capsys):
-    archives, zips = publish("ade20k", host, monkeypatch), tmp_path / "zips"
-    (name, content), = archives.items()
-    zips.mkdir()
-    command = ["ade20k", "--root", str(tmp_path / "data"), "--source", str(zips)]
-    if damage == "broken mask":
-        with zipfile.ZipFile(io.BytesIO(content)) as file:
-            members = {n: file.read(n) for n in file.namelist()}
-        broken = next(n for n in members if n.endswith("val_00000002.png"))
-        content = archive("zip", members | {broken: members[broken][:60]})
-    (zips / name).write_bytes({"truncated zip": content[:-400], "no zip": b"<html>"}.get(
-        damage, content))
-    if damage == "a file in its place":
-        (tmp_path / "data").mkdir()
-        (tmp_path / "data/ade20k").write_text("")
-    command[4] = str(tmp_path / "nowhere") if damage == "no such source" else command[4]
-    command[1] = "--rot" if damage == "wrong arguments" else command[1]
-    assert data_prep.main(command) == 2
-    shown = capsys.readouterr().err
-    assert shown.startswith("data_prep.py: ") and len(shown.splitlines()) == 1
-    assert not (tmp_path / "data/ade20k").is_dir()
-
-
-def test_a_mirror_given_by_hand_comes_first(host, monkeypatch, tmp_path):
-    archives = publish("voc", host, monkeypatch)
-    host.files |= {f"/mine/{path}": content for path, content in archives.items()}
-    data_prep.prepare("voc", tmp_path, f"{host.url}/mine/")
-    assert [path for path, _ in host.seen if path.endswith(".tar")] == [f"/mine/{path}"
-                                                                         for path in archives]
-
-
-def test_an_interrupted_build_leaves_no_folder_and_fetches_nothing_twice(
-        host, monkeypatch, tmp_path, capsys):
-    publish("voc", host, monkeypatch)
-    with monkeypatch.context() as broken:
-        broken.setattr(data_prep, "settle", lambda *_: signal.raise_signal(signal.SIGINT))
-        assert data_prep.main(["voc", "--root", str(tmp_path)]) == 130
-    assert "Traceback" not in capsys.readouterr().err
-    assert [p.name for p in tmp_path.iterdir()] == ["downloads"]
-    (tmp_path / ".voc.building").mkdir()  # what a killed process would have left
-    (tmp_path / ".voc.building/junk").write_text("")
-    asked = len(host.seen)
-    data_prep.prepare("voc", tmp_path)
-    assert len(host.seen) == asked
-    assert not (tmp_path / "voc/junk").exists() and [p.name for p in tmp_path.iterdir()] == ["voc"]
-
-
-def test_of_two_processes_that_want_the_same_folder_one_makes_it(tmp_path):
-    made = []
-
-    def make():
-        with data_prep.building(tmp_path / "set") as folder:
-            if folder:
-                time.sleep(0.1)
-                made.append(folder)
-
-    threads = [threading.Thread(target=make) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(made) == 1 and [p.name for p in tmp_path.iterdir()] == ["set"]
-
-
-def test_a_disk_too_small_is_noticed_before_anything_is_fetched(
-        host, monkeypatch, tmp_path, capsys):
-    publish("coco", host, monkeypatch)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5e6))
-    assert data_prep.main(["coco", "--root", str(tmp_path)]) == 2
-    assert "needs about" in capsys.readouterr().err and not host.seen
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_wrong_counts_and_values_in_an_archive_are_refused(host, monkeypatch, tmp_path, capsys):
-    publish("coco", host, monkeypatch)
-    monkeypatch.setattr(data_prep, "COUNTS", {"coco": (81, 4, 2)})
-    assert data_prep.main(["coco", "--root", str(tmp_path)]) == 2
-    assert "3 training and 2 validation images came out" in capsys.readouterr().err
-    monkeypatch.setattr(data_prep, "COUNTS", {"coco": (70, 3, 2)})
-    assert data_prep.main(["coco", "--root", str(tmp_path)]) == 2
-    assert "holds the value 70" in capsys.readouterr().err
-    assert not (tmp_path / "coco").exists()
-
-
-def test_the_published_lists_are_known_by_digest_and_ade20ks_are_made():
-    for name, lines in data_prep.LISTS.items():
-        listed = [line.split() for line in lines.strip().splitlines()]
-        assert [int(count) for count, *_ in listed if count.isdigit()] == list(
-            data_prep.PUBLISHED[name])
-        assert all(path.endswith(".txt") and len(digest) == 64 for _, path, digest in listed)
-        if name == "ade20k":
-            for count, _, digest in listed:
-                text = data_prep.ade20k_list(count)
-                assert hashlib.sha256(text.encode()).hexdigest() == digest
-                assert len(text.splitlines()) == (2000 if count == "val" else int(count))
-
-
-def test_a_list_that_is_not_the_published_one_is_refused(host, monkeypatch, tmp_path, capsys):
-    publish("voc", host, monkeypatch)
-    host.files["/lists/splits/voc/2.txt"] += b"\nJPEGImages/2007_000004.jpg x"
-    assert data_prep.main(["voc", "--root", str(tmp_path)]) == 2
-    assert "splits/voc/2.txt: cannot be had" in capsys.readouterr().err
-
-
 # ----------------------------------------------------------------------------------------------
 # Evaluation
-# ----------------------------------------------------------------------------------------------
 
 
 def test_miou_is_over_the_classes_that_occur():
     prediction, truth = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, IGNORE])
     iou = semivl.iou_per_class(semivl.confusion_matrix(prediction, truth, 4))
-    assert iou[:2].tolist() == [50, 50] and iou[2:].isnan().all()
-    assert iou.nanmean() == 50
+    assert iou[:2].tolist() == [50, 50] and iou[2:].isnan().all() and iou.nanmean() == 50
 
 
 @pytest.mark.parametrize("size, window, stride, mode, starts", [
@@ -1137,545 +815,232 @@ def test_evaluation_fits_the_short_side_to_the_window():
 
 
 # ----------------------------------------------------------------------------------------------
-# The authors' checkpoint files
-# ----------------------------------------------------------------------------------------------
+# Runs
+
+TINY = ("--clip toy --clip-weights none --crop 32 --fit off --stride 32 --batch 2 --micro-batch 2 "
+        "--workers 0 --conf 0.1 --guidance-conf 0.1 --lr 1e-3 --vit-lr 1e-3 --device cpu").split()
 
 
-@pytest.fixture
-def small_clip(tmp_path):
-    """The name of a CLIP of the golden ViT's size, as --clip takes it."""
-    text = dict(context_length=16, vocab_size=49408, width=64, heads=2, layers=1)
-    vision = dict(image_size=128, patch_size=16, width=64, layers=12, head_width=32)
-    (tmp_path / "small-golden.json").write_text(json.dumps(
-        dict(embed_dim=512, vision_cfg=vision, text_cfg=text, quick_gelu=True)))
-    open_clip.add_model_config(tmp_path / "small-golden.json")
-    return "small-golden"
-
-
-@pytest.mark.parametrize("variant", ["voc", "cityscapes"])
-def test_eval_takes_a_checkpoint_file_of_the_authors(
-        variant, small_clip, folder, tmp_path, monkeypatch, capsys):
-    content = json.loads((folder / "dataset.json").read_text())
-    names = content["classes"][:5]
-    (folder / "dataset.json").write_text(json.dumps({"classes": names}))
-    for i in range(6):
-        mask = np.array(Image.open(folder / f"masks/{i}.png"))
-        Image.fromarray(np.where(mask > 4, IGNORE, mask)).save(folder / f"masks/{i}.png")
-    state = authors_state(variant == "cityscapes")
-    state |= {f"clip_encoder.{k.removeprefix('backbone.')}": v for k, v in state.items()
-              if k.startswith("backbone.")}
-    torch.save({"model": {f"module.{k}": v for k, v in state.items()}, "optimizer": {"state": {}},
-                "epoch": 79, "previous_best": np.float64(84.0)}, tmp_path / "best.pth")
-    text = semivl.Language(unit_rows(b"text", 5), None, None, None)
-    monkeypatch.setattr(semivl, "describe_classes", lambda *_: text)
-    models, evaluate = [], semivl.evaluate
-    monkeypatch.setattr(semivl, "evaluate", lambda model, *rest: (
-        models.append((model, rest[2])), evaluate(model, *rest))[1])
-    command = (f"--eval {tmp_path}/best.pth --dataset {folder} --crop 128 --clip {small_clip} "
-               f"--clip-weights none --save-predictions {tmp_path}/png")
-    assert semivl.main(command.split()) == 0
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in names) and "best-eval.json" in shown
-    model, cfg = models[0]
-    assert cfg.authors_clip and cfg.conv_skip == (variant == "cityscapes")
-    images = random_normal(7, (2, 3, 128, 128))
-    with torch.no_grad():
-        assert_golden("logits" if variant == "voc" else "cityscapes logits", model(images))
-    written = json.loads((tmp_path / "best-eval.json").read_text())
-    assert written["classes"] == names and len(written["val"]["SemiVL"]["iou"]) == 5
-    assert sorted(p.name for p in (tmp_path / "png").iterdir()) == ["4.png", "5.png"]
-    assert Image.open(tmp_path / "png/4.png").mode == "P"
-
-
-def test_the_authors_cityscapes_checkpoint_brings_its_protocol(small_clip, tmp_path):
-    torch.save({"model": authors_state(cityscapes=True)}, tmp_path / "city.pth")
-    model, cfg, classes = data_prep.load_checkpoint(semivl, 
-        tmp_path / "city.pth", dict(clip=small_clip, clip_weights="none"))
-    assert (cfg.dataset, cfg.window_mode, cfg.crop) == ("cityscapes", "probabilities", 801)
-    assert model.text.shape == (19, 512) and classes[0] == "road" and model.conv is not None
-
-
-def test_predictions_for_the_cityscapes_server_have_its_numbers(tmp_path):
-    entry = ("leftImg8bit/test/rom/rom_000006_000019_leftImg8bit.png", None)
-    folder = SimpleNamespace(classes=data_prep.CLASSES["cityscapes"], val=[], test=[],
-                             secret=[entry])
-    write = data_prep.server_files(tmp_path / "out", folder)
-    write(entry, torch.arange(19).reshape(1, 19))
-    with Image.open(tmp_path / "out/rom_000006_000019_leftImg8bit.png") as picture:
-        assert picture.mode == "P"
-        assert np.array(picture).tolist() == [list(data_prep.CITYSCAPES_IDS)]
-        shown = np.array(picture.convert("RGB"))[0]
-    assert np.array_equal(shown, data_prep.palette(list(folder.classes))[:19])
-
-
-# ----------------------------------------------------------------------------------------------
-# CLIP weights
-# ----------------------------------------------------------------------------------------------
-
-
-def scripted(state: dict):
-    """A TorchScript module that holds these tensors, as OpenAI's .pt does."""
-    root = torch.nn.Module()
-    for name, tensor in state.items():
-        module, (*path, leaf) = root, name.split(".")
-        for part in path:
-            if not hasattr(module, part):
-                module.add_module(part, torch.nn.Module())
-            module = getattr(module, part)
-        module.register_buffer(leaf, tensor)
-    return torch.jit.script(root)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
-@pytest.mark.parametrize("kind", ["openai.pt", "laion.safetensors", "laion.bin", "plain.pt"])
-def test_clip_weights_of_every_kind_are_loaded(kind, small_clip, tmp_path):
-    torch.manual_seed(1)
-    clip = data_prep.empty_clip(small_clip)
-    state, file = clip.state_dict(), tmp_path / kind
-    if kind == "openai.pt":  # half precision, and three numbers among the weights
-        state = {k: v.half().float() for k, v in state.items()}
-        extra = {k: torch.tensor(224) for k in ("input_resolution", "context_length", "vocab_size")}
-        torch.jit.save(scripted({k: v.half() for k, v in state.items()} | extra), file)
-    elif kind.endswith("safetensors"):
-        safetensors.torch.save_file(state, file)
-    elif kind.endswith("bin"):
-        torch.save({"epoch": 1, "state_dict": {f"module.{k}": v for k, v in state.items()}}, file)
-    else:
-        torch.save(state, file)
-    loaded = data_prep.load_clip(small_clip, "openai", str(file), tmp_path).state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
-    state.pop("visual.proj")
-    torch.save(state, tmp_path / "short.pt")
-    with pytest.raises(semivl.UserError, match="visual.proj"):
-        data_prep.load_clip(small_clip, "openai", str(tmp_path / "short.pt"), tmp_path)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
-def test_openais_weights_are_refused_by_a_model_of_another_gelu(tmp_path):
-    torch.jit.save(scripted(data_prep.empty_clip("toy").state_dict()), tmp_path / "openai.pt")
-    with pytest.raises(semivl.UserError, match="trained with QuickGELU; take --clip toy-quickgelu"):
-        data_prep.load_clip("toy", "openai", str(tmp_path / "openai.pt"), tmp_path)
-
-
-@pytest.mark.parametrize("patch, layers, blocks", [(32, 12, (0, 4)), (14, 24, (0, 8))])
-@torch.no_grad()
-def test_any_plain_vit_fits(patch, layers, blocks):
-    clip = open_clip.CLIP(64, dict(image_size=224, patch_size=patch, width=64, layers=layers),
-                          dict(width=32, heads=2, layers=1, context_length=16))
-    model = semivl.assemble(Config(crop=128), clip.visual, torch.randn(3, 64))
-    assert model.clip.skip_blocks == blocks
-    assert model(torch.randn(1, 3, 128, 128)).shape == (1, 3, 128, 128)
-
-
-def test_images_are_normalised_as_the_weights_were_trained():
-    image = torch.full((3, 1, 1), 255, dtype=torch.uint8)
-    half = Config(clip="ViT-L-14", clip_tag="laion2b_s32b_b82k")  # trained with mean and std 0.5
-    torch.testing.assert_close(semivl.normalize(image, half), torch.ones(3, 1, 1))
-    mean, std = map(torch.tensor, (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
-    torch.testing.assert_close(semivl.normalize(image, Config()).flatten(), (1 - mean) / std)
-    mean, std = map(torch.tensor, semivl.IMAGENET_STATS)
-    torch.testing.assert_close(
-        semivl.normalize(image, Config(conv_skip=True)).flatten(), (1 - mean) / std)
-
-
-# ----------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------
-
-
-def small_run(folder, **changes):
-    """A Training object on a folder, random tiny CLIP."""
-    settings = dict(dataset=str(folder), labels=2, clip="toy", clip_weights="none", crop=32,
-                    fit=False, stride=32, steps=4, batch=2, micro_batch=2, workers=0, conf=0.1,
-                    guidance_conf=0.1, lr=1e-3, vit_lr=1e-3)
-    cfg = Config(**settings | changes)
-    data = data_prep.open_data(cfg, semivl.CLASSES)
-    data.choose_labelled(cfg)
-    return semivl.Training(cfg, data, torch.device("cpu"))
-
-
-def test_a_step_moves_what_trains_and_nothing_else(folder):
-    run = small_run(folder)
-    before = {name: p.detach().clone() for name, p in run.student.named_parameters()}
-    frozen = {name: p.detach().clone() for name, p in run.guidance.named_parameters()}
-    for batch in run.batches():
-        log = run.train_step(batch)
-    assert log["kept"] > 0 and log["guided"] > 0 and log["guidance_fp"] > 0
-    for name, p in run.student.named_parameters():
-        # The last block's q and k feed nothing; their rows move by weight decay alone.
-        assert torch.equal(p, before[name]) == (not p.requires_grad), name
-    for name, p in run.guidance.named_parameters():
-        assert torch.equal(p, frozen[name]), name
-
-
-def test_micro_batches_accumulate_to_the_whole_batch(folder):
-    weights = []
-    for micro_batch in (4, 1):
-        run = small_run(folder, batch=4, micro_batch=micro_batch, scale_min=1.5, conf=0)
-        # Without padding every image has as many valid pixels, so the means agree; dropout is
-        # silenced, since it would draw other numbers.
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(F, "dropout2d", lambda f, p: f)
-            for batch in run.batches():
-                assert not batch["padding"].any()
-                log = run.train_step(batch)
-                break
-        weights.append(log["total"])
-    assert weights[0] == pytest.approx(weights[1], rel=1e-5)
-
-
-def test_two_scenes_are_learned_by_heart():
-    model = tiny_model(classes=3)
-    masks = torch.zeros(2, 64, 64, dtype=torch.long)
-    masks[0, 16:, :32], masks[1, :32, 16:], masks[1, 32:, :32] = 1, 2, 1
-    colours = torch.tensor([[0.5, 0.5, -0.5], [1, -1, 0], [-1, 0, 1]])
-    images = colours[masks].permute(0, 3, 1, 2) + 0.1 * random_normal(2, (2, 3, 64, 64))
-    optimizer = semivl.make_optimizer(model, Config(lr=1e-3, vit_lr=1e-3))
-    for _ in range(50):
-        semivl.supervised_loss(model(images), masks).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    iou = semivl.iou_per_class(semivl.confusion_matrix(model(images).argmax(1), masks, 3))
-    assert iou.mean() > 95
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path, workers):
-    whole = small_run(folder)
-    for batch in whole.batches():
-        whole.train_step(batch)
-    first = small_run(folder)
-    for batch in first.batches():
-        first.train_step(batch)
-        if first.step == 2:
-            break
-    first.cfg.out = str(tmp_path)
-    data_prep.save_run(first, "last.pt", resumable=True)
-    second = small_run(folder, workers=workers)
-    data_prep.restore_run(second, data_prep.load_file(tmp_path / "last.pt"))
-    for batch in second.batches():
-        second.train_step(batch)
-    for a, b in ((whole.student, second.student), (whole.teacher.model, second.teacher.model)):
-        for (name, mine), theirs in zip(a.state_dict().items(), b.state_dict().values()):
-            assert torch.equal(mine, theirs), name
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_update(folder):
-    run = small_run(folder)
-    run.student.decoder.head.bias.data.fill_(float("nan"))
-    before = run.student.decoder.lift.weight.clone()
-    with pytest.raises(semivl.UserError, match=r"step 0: the loss is nan.*images/"):
-        run.train_step(next(iter(run.batches())))
-    assert torch.equal(run.student.decoder.lift.weight, before)
-
-
-@torch.no_grad()
-def test_bf16_logits_differ_from_the_authors_by_two_percent_of_their_range_at_most(authors):
-    images = random_normal(7, (2, 3, 128, 128))
-    exact = authors(images)
-    assert_golden("logits", exact)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = authors(images)
-    assert logits.dtype == torch.float32 and not torch.equal(logits, exact)
-    assert (logits - exact).abs().max() < 0.02 * (exact.max() - exact.min())
-
-
-def test_linear_by_convolution_is_linear():
-    x, weight, bias = (random_normal(seed, shape).requires_grad_() for seed, shape in (
-        (1, (2, 9, 12)), (2, (20, 12)), (3, (20,))))
-    for trained in ((x, weight, bias), (x,), (weight,)):
-        results = []
-        for linear in (F.linear, data_prep.linear):
-            inputs = (t if any(t is u for u in trained) else t.detach() for t in (x, weight, bias))
-            y = linear(*inputs)
-            grads = torch.autograd.grad(y.square().sum(), trained)
-            results.append((y, *grads))
-        for mine, theirs in zip(*results):
-            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_groups_of_classes_change_nothing(monkeypatch, recompute):
-    decoder = semivl.LanguageGuidedDecoder(16, 8, 8)
-    dense, shallow, deep = (random_normal(c, (2, c, 6, 6)) for c in (16, 8, 8))
-    results = []
-    for group in (1000, 6):  # of 2 images times 7 classes: all at once; 3, 3 and 1
-        monkeypatch.setattr(semivl, "MAPS_AT_ONCE", group)
-        decoder.recompute = recompute and group == 6
-        decoder.zero_grad()
-        logits = decoder(dense, (shallow, deep), random_normal(1, (7, 16)))
-        logits.square().mean().backward()
-        results.append([logits, *(p.grad.clone() for p in decoder.parameters())])
-    for one, other in zip(*results):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-
-
-def test_the_memory_table_counts_what_a_step_keeps():
-    for recompute in (False, True):
-        cfg = Config(dataset="voc", clip="toy", crop=64, micro_batch=1, recompute=recompute)
-        counted, _ = data_prep.saved_bytes(semivl, cfg)
-        model = semivl.assemble(cfg, data_prep.empty_clip("toy").visual, torch.zeros(21, 64))
-        ours, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-        def keep(tensor):
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
-
-        image, label = torch.randn(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.long)
-        targets = Targets(label, label.float(), label > 0, label)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            views = dict.fromkeys(("s1", "s2", "fp"), (image, targets))
-            semivl.semivl_loss(model.train(), image, label, views, 0.1)
-        real = sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in ours)
-        assert counted == real
-
-
-def test_bf16_autocast_stays_close_to_float32(folder):
-    logs = []
-    for precision in ("fp32", "bf16"):
-        run = small_run(folder, precision=precision, conf=0.0)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(F, "dropout2d", lambda f, p: f)
-            logs.append(run.train_step(next(iter(run.batches()))))
-    assert logs[1]["total"] == pytest.approx(logs[0]["total"], rel=0.02)
+def run(folder, out, *options, labels=2):
+    return semivl.main(["--dataset", str(folder), "--labels", str(labels), *TINY, "--steps", "4",
+                        "--evals", "1", "--out", str(out), *map(str, options)])
 
 
 def logged(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def torchrun(processes: int, command: str, start=subprocess.run):
-    return start(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone",
-         f"--nproc-per-node={processes}", semivl.__file__, *command.split()],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE)
+def weights(out: Path) -> dict:
+    content = semivl.load_file(out / "last.pt")
+    moments = content["optimizer"]["state"]
+    return {**{f"{kind} {name}": t for kind in ("student", "model")
+               for name, t in content[kind].items()},
+            **{f"moment {i} {k}": t for i in moments for k, t in moments[i].items()}}
 
 
-def test_two_processes_train_as_one_that_accumulates_twice(folder, tmp_path):
-    with open(folder / "splits/val.txt", "a") as file:  # three images: shared unevenly
-        file.write("\nimages/3.png masks/3.png\n")
-    command = (f"--dataset {folder} --labels 2 --steps 5 --evals 1 --stride 32 --lr 1e-4 "
-               f"--conf 0.1 --vit-lr 1e-5 --guidance-conf 0.1 {TINY} --batch 4 "
-               f"--micro-batch 2 --device cpu --out ")
-    one, two = tmp_path / "one", tmp_path / "two"
-    # One process with one thread, too: sums in another order would flip a near-tie of two classes.
-    done = torchrun(2, command + str(two))
+def assert_same(a: Path, b: Path):
+    mine, theirs = weights(a), weights(b)
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_a_run_moves_what_trains_and_nothing_else(folder, tmp_path):
+    assert run(folder, tmp_path / "run") == 0
+    torch.manual_seed(0)
+    clip, _ = semivl.load_clip(Config(clip="toy", clip_weights="none"))
+    fresh = semivl.build_model(Config(crop=32), clip.visual, torch.randn(6, 64))
+    student = semivl.load_file(tmp_path / "run/last.pt")["student"]
+    for name, p in fresh.clip.named_parameters():
+        # The last block's q and k feed nothing; their rows move by weight decay alone.
+        assert torch.equal(p, student[f"clip.{name}"]) == (not p.requires_grad), name
+    log = logged(tmp_path / "run")
+    assert [line["step"] for line in log] == [1, 2, 3, 4] and log[-1]["kept"] > 0
+    assert {"x", "s1", "s2", "fp", "guidance_fp", "total", "lr", "seconds", "val_miou"} <= {*log[-1]}
+    names = {"semivl.py", "labeled.txt", "log.jsonl", "last.pt", "best.pt", "sheet.png", "result.json"}
+    assert names == {file.name for file in (tmp_path / "run").iterdir()}
+
+
+def test_a_third_strong_view_is_one_more_key(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(semivl.STRONG_VIEWS, "s3", lambda w: 255 - w)
+    assert run(folder, tmp_path / "run", "--steps", 2) == 0
+    for line in logged(tmp_path / "run"):
+        assert line["s3"] > 0 and line["guidance_s3"] > 0
+        L, G = (sum(line[k + v] for v in ("s1", "s2", "s3")) / 6 + line[k + "fp"] / 2
+                for k in ("", "guidance_"))
+        weight = 0.1 * (1 - (line["step"] - 1) / 2)
+        assert line["total"] == pytest.approx((line["x"] + L) / 2 + weight * G, rel=1e-5)
+
+
+def test_micro_batches_accumulate_to_the_whole_batch(folder, tmp_path, monkeypatch):
+    # Dropout would draw other numbers. Without padding every image has as many valid pixels.
+    monkeypatch.setattr(F, "dropout2d", lambda f, p: f)
+    for size in (2, 1):
+        run(folder, tmp_path / str(size), "--steps", 1, "--micro-batch", size, "--conf", 0,
+            "--scale-min", 1.5)
+    one, other = (logged(tmp_path / str(size))[0] for size in (2, 1))
+    assert one["total"] == pytest.approx(other["total"], rel=1e-5)
+
+
+def test_without_unlabelled_images_a_run_is_supervised(folder, tmp_path):
+    assert run(folder, tmp_path / "run", "--unlabelled", "off", "--decoder", "vision") == 0
+    assert all(line["total"] == line["x"] for line in logged(tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted, beside its folder of images."""
+    path = tmp_path_factory.mktemp("whole")
+    assert run(make_folder(path / "images"), path / "run", *LONG) == 0
+    return path / "run"
+
+
+LONG = "--steps 12 --evals 3 --save-every 3".split()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_goes_on_to_the_same_weights(workers, whole, tmp_path):
+    killed = tmp_path / "killed"
+    command = [sys.executable, semivl.__file__, "--dataset", whole.parent / "images", "--labels", "2",
+               *TINY, *LONG, "--workers", str(workers), "--out", killed]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (
+            (killed / "log.jsonl").exists() and len(logged(killed)) >= 5):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert semivl.load_file(killed / "last.pt")["step"] in (3, 4, 6, 8)
+    assert semivl.main(["--resume", str(killed)]) == 0
+    assert_same(killed, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_after_saving(number, whole, tmp_path, monkeypatch, capsys):
+    stopped, loss = tmp_path / "stopped", semivl.semivl_loss
+    calls = []
+
+    def signalled(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            signal.raise_signal(number)  # in the middle of the step: it will be finished
+        return loss(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(semivl, "semivl_loss", signalled)
+        assert run(whole.parent / "images", stopped, *LONG) == 130
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert f"go on by --resume {stopped}" in capsys.readouterr().out
+    assert semivl.load_file(stopped / "last.pt")["step"] == 5
+    assert semivl.main(["--resume", str(stopped)]) == 0
+    assert_same(stopped, whole)
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_written(folder, tmp_path, capsys):
+    assert run(folder, tmp_path / "run", "--lr", "1e30", "--steps", 50) == 2
+    assert "Lower --lr, or look at these files: images/" in capsys.readouterr().err
+    assert all(t.isfinite().all() for t in weights(tmp_path / "run").values()) if (
+        tmp_path / "run/last.pt").exists() else not (tmp_path / "run/best.pt").exists()
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(whole, tmp_path, capsys):
+    resource = pytest.importorskip("resource")
+    shutil.copytree(whole, tmp_path / "run")
+    file = tmp_path / "run/last.pt"
+    content = semivl.load_file(file)
+    content["config"]["steps"] = 14
+    torch.save(content, file)
+    saved, (soft, hard) = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(saved) // 2, hard))  # as if the disk was full
+    try:
+        assert semivl.main(["--resume", str(tmp_path / "run")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "make room" in capsys.readouterr().err.splitlines()[-1]
+    assert file.read_bytes() == saved
+
+
+def torchrun(processes: int, *options, start=subprocess.run):
+    return start([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                  f"--nproc-per-node={processes}", semivl.__file__, *map(str, options)],
+                 env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
+                 stderr=subprocess.PIPE)
+
+
+def test_two_processes_end_with_weights_that_one_evaluates_to_the_same_miou(folder, tmp_path):
+    (folder / "splits/val.txt").open("a").write("\nimages/3.png masks/3.png")  # shared unevenly
+    spy = tmp_path / "spy.py"  # each process leaves its own student
+    spy.write_text("import os, sys, torch; sys.path.insert(0, sys.argv.pop(1))\n"
+                   "import semivl; update = semivl.EMATeacher.update\n"
+                   "def keep(self, student, step):\n"
+                   "    update(self, student, step)\n"
+                   "    torch.save([student.state_dict(), self.model.state_dict()],\n"
+                   "               sys.argv[-1] + os.environ['RANK'])\n"
+                   "semivl.EMATeacher.update = keep\nsys.exit(semivl.main())\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", spy,
+         Path(semivl.__file__).parent, "--dataset", folder, "--labels", "2", *TINY, "--batch", "4",
+         "--steps", "5", "--evals", "1", "--decoder", "vision", "--out", tmp_path / "two"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("writes to") == 1  # one process speaks for all
-    assert torchrun(1, command + str(one)).returncode == 0
-    for mine, theirs in zip(logged(one), logged(two), strict=True):
-        shares = mine.pop("pseudo_labels", None), theirs.pop("pseudo_labels", None)
-        assert shares[0] == shares[1]
-        for name in set(mine) - {"images_per_second"}:
-            assert mine[name] == pytest.approx(theirs[name], rel=0, abs=1e-5), name
+    for one, other in zip(*(torch.load(f"{tmp_path}/two{rank}") for rank in (0, 1))):
+        assert all(torch.equal(t, other[name]) for name, t in one.items())
+    assert semivl.main(["--eval", str(tmp_path / "two/last.pt"), "--out", str(tmp_path / "e")]) == 0
+    both = [json.loads((tmp_path / r / "result.json").read_text())["val"]["SemiVL"]["mIoU"]
+            for r in ("two", "e")]
+    assert both[0] == pytest.approx(both[1], abs=1e-4)
 
 
 def test_processes_that_are_told_to_stop_stop_together_and_save(folder, tmp_path):
     out = tmp_path / "run"
-    running = torchrun(2, f"--dataset {folder} --labels 2 --steps 5000 --save-every 5000 {TINY} "
-                          f"--micro-batch 1 --device cpu --out {out}", start=subprocess.Popen)
+    running = torchrun(2, "--dataset", folder, "--labels", 2, *TINY, "--steps", 5000, "--out", out,
+                       start=subprocess.Popen)
     while not (out / "log.jsonl").exists() or len(logged(out)) < 3:
         assert running.poll() is None, running.stderr.read()
         time.sleep(0.1)
     running.send_signal(signal.SIGTERM)
-    _, said = running.communicate()
-    assert data_prep.load_file(out / "last.pt")["step"] == logged(out)[-1]["step"] >= 3
-    assert "Connection closed" not in said  # nobody was left alone in an exchange
+    running.communicate()
+    assert semivl.load_file(out / "last.pt")["step"] == logged(out)[-1]["step"] >= 3
 
 
-def test_processes_that_cannot_share_a_batch_evenly_are_told_so(monkeypatch, folder, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for batch, micro_batch in ((1, 1), (6, 2)):
-        command = (f"--dataset {folder} --labels 2 --steps 1 {TINY} --batch {batch} "
-                   f"--micro-batch {micro_batch} --device cpu")
-        assert semivl.main(command.split()) == 2
-        assert "cannot be shared evenly by 2 processes" in capsys.readouterr().err
+def test_semivl_alone_in_an_empty_folder_trains_resumes_evaluates_and_predicts(tmp_path):
+    alone = tmp_path / "alone"
+    make_folder(alone / "pictures")
+    shutil.copy(semivl.__file__, alone)
+    (alone / "clip").mkdir()
+    config = dict(model_cfg=data_prep.CLIP_CONFIGS["toy"], preprocess_cfg={})
+    (alone / "clip/open_clip_config.json").write_text(json.dumps(config))
+    torch.save(data_prep.empty_clip("toy").state_dict(), alone / "clip/open_clip_pytorch_model.bin")
+    for command in (
+            "--dataset pictures --labels 2 --clip local-dir:clip --crop 32 --stride 32 --steps 2 "
+            "--batch 2 --workers 0", "--resume runs/pictures-2", "--eval runs/pictures-2/last.pt",
+            "--predict runs/pictures-2/last.pt pictures/images/0.png"):
+        done = subprocess.run([sys.executable, "semivl.py", *command.split()], cwd=alone, text=True,
+                              capture_output=True)
+        assert done.returncode == 0, done.stderr
+    assert Image.open(alone / "runs/pictures-2/predictions/0-mask.png").mode == "P"
+    assert "plant" in done.stdout or "background" in done.stdout
+    done = subprocess.run([sys.executable, "semivl.py"], cwd=alone, text=True, capture_output=True)
+    assert done.returncode == 2 and done.stderr == "semivl.py: No module named 'data_prep'\n"
 
 
-# ----------------------------------------------------------------------------------------------
-# Copying out: a piece works with the definitions it names and the imports, nothing else of the file
-# ----------------------------------------------------------------------------------------------
+def test_the_benchmark_measures_training_steps(capsys):
+    assert semivl.main(["--benchmark", "--dataset", "voc", *TINY]) == 0
+    assert "s a step" in capsys.readouterr().out
 
 
-def cut_out(name: str) -> dict:
-    """A fresh namespace that holds `name`, what it needs, and library imports."""
-    source = Path(semivl.__file__).read_text()
-    places = {}
-    for node in ast.parse(source).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node]
-        for target in targets:
-            places[getattr(target, "id", getattr(target, "name", None))] = node
-    needed, todo = [], [name]
-    while todo:
-        node = places[todo.pop()]
-        if node not in needed:
-            needed.append(node)
-            used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-            assert not used & {"data_prep", "UserError", "Config", "THIS_FILE"}, (name, node.name)
-            todo += used & set(places)
-    imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))
-               and "data_prep" not in line]
-    order = sorted(needed, key=lambda node: node.lineno)
-    namespace = {"__name__": "cut_out"}
-    lines = source.splitlines()
-    first = [min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-             for node in order]
-    parts = ["\n".join(lines[i - 1:node.end_lineno]) for i, node in zip(first, order)]
-    exec("\n".join(imports + parts), namespace)
-    return namespace
-
-
-def test_each_piece_works_when_it_is_cut_out():
-    images, text = random_normal(1, (2, 3, 32, 48)), random_normal(2, (5, 64))
-    dense_clip = cut_out("DenseCLIP")["DenseCLIP"](data_prep.empty_clip("toy").visual)
-    dense, skips = dense_clip(images)
-    width = skips[0].shape[1]
-    decoder = cut_out("LanguageGuidedDecoder")["LanguageGuidedDecoder"](64, width, width)
-    logits = decoder(dense, skips, text).detach()
-    assert logits.shape == (2, 5, 16, 24)
-
-    label, none = logits.argmax(1), torch.zeros(2, 16, 24, dtype=torch.bool)
-    loss = cut_out("consistency_loss")["consistency_loss"](
-        logits, label, torch.ones(2, 16, 24), none)
-    assert loss == pytest.approx(float(F.cross_entropy(logits, label)))
-    views = images[:, :, :16, :24]
-    box = torch.tensor([[0, 0, 16, 24], [0, 0, 0, 0]])  # all of the first, nothing of the second
-    mixed = cut_out("cutmix")["cutmix"](views, views.flip(0), box)
-    assert torch.equal(mixed[0], views[1]) and torch.equal(mixed[1], views[1])
-
-    teacher = cut_out("EMATeacher")["EMATeacher"](dense_clip, decay=0.9)
-    teacher.update(dense_clip, step=100)
-    assert torch.equal(teacher(images)[0], dense_clip(images)[0])
-    scores = cut_out("sliding_window")["sliding_window"](lambda part: part, images, 20, 10)
-    torch.testing.assert_close(scores, images)
-    matrix = cut_out("confusion_matrix")["confusion_matrix"](label, label, 5)
-    assert cut_out("iou_per_class")["iou_per_class"](matrix).nanmean() == 100
-
-
-def test_the_examples_in_the_docstrings_give_what_they_say():
-    result = doctest.testmod(semivl)
-    assert result.attempted >= 15 and result.failed == 0
+def test_predictions_are_not_overwritten_and_have_the_size_of_the_image(whole, tmp_path, capsys):
+    checkpoint, image = str(whole / "last.pt"), tmp_path / "a.jpg"
+    Image.effect_noise((70, 33), 90).convert("CMYK").save(image)
+    command = ["--predict", checkpoint, str(image), "--out", str(tmp_path / "out")]
+    assert semivl.main(command) == 0
+    mask = Image.open(tmp_path / "out/a-mask.png")
+    assert mask.mode == "P" and mask.size == (70, 33) and np.array(mask).max() < 6
+    assert semivl.main(command) == 2 and "exists" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------
-# The toy world
-# ----------------------------------------------------------------------------------------------
-
-
-def test_the_toy_world_is_complete_or_absent(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_prep, "SPLITS", {"train": 3, "val": 2, "test": 2})
-    monkeypatch.setattr(data_prep, "CORPUS", 64)
-    monkeypatch.setattr(data_prep, "STEPS", 2)
-    with monkeypatch.context() as broken:
-        broken.setattr(data_prep, "pretrain_tiny_clip", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            data_prep.make_toy(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    toy = data_prep.open_folder(data_prep.make_toy(tmp_path))
-    assert (len(toy.train), len(toy.val), len(toy.test)) == (3, 2, 2)
-    data_prep.load_clip("toy", "", "", tmp_path)
-    toy.labelled = toy.train
-    toy.check()
-
-
-def test_the_ladder_runs_what_is_missing_and_prints_its_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    small = dict(SPLITS={"train": 8, "val": 2, "test": 2}, CORPUS=64, STEPS=2)
-    for name, value in small.items():
-        monkeypatch.setattr(data_prep, name, value)
-    arms = {data_prep.FULL: "--steps 1 --evals 1", "without": "--decoder vision"}
-    monkeypatch.setattr(data_prep, "LADDER", arms)
-    for arm, seed, score in ((0, 1, 60), (1, 0, 30), (1, 1, 40)):  # only full, seed 0 is missing
-        out = Path(f"runs/ladder/{arm}-{seed}")
-        out.mkdir(parents=True)
-        (out / "config.json").write_text("{}")
-        models = dict.fromkeys(("CLIP by names", "by definitions", "SemiVL"), {"miou": score})
-        (out / "result.json").write_text(json.dumps({"test": models}))
-    assert semivl.main(["--ladder", "2"]) == 0
-    score = json.loads(Path("runs/ladder/0-0/result.json").read_text())["test"]["SemiVL"]["miou"]
-    line = capsys.readouterr().out.splitlines()[-1]
-    ahead = [score - 30, 60 - 40]
-    assert line.split()[:4] == ["without", "30.0", "40.0", "35.0"]
-    assert f"{sum(ahead) / 2:.1f} (sd {abs(ahead[0] - ahead[1]) / 2**0.5:.1f})" in line
-    assert semivl.main("--ladder 2 --steps 3".split()) == 2  # its arms have settings of their own
-
-
-def test_the_painter_repeats_itself_from_its_seed_only():
-    def scene(seed):
-        return np.concatenate([np.array(p).ravel() for p in data_prep.Painter(seed).scene()])
-
-    assert np.array_equal(scene("a"), scene("a"))
-    assert not np.array_equal(scene("a"), scene("b"))
-
-
-# ----------------------------------------------------------------------------------------------
-# The command line
-# ----------------------------------------------------------------------------------------------
-
-TINY = "--clip toy --clip-weights none --crop 32 --batch 2 --micro-batch 2 --workers 0 --fit off"
-
-
-def test_train_evaluate_predict_and_resume_from_the_command_line(folder, tmp_path, capsys):
-    out = tmp_path / "run"
-    command = f"--dataset {folder} --labels 2 --steps 2 --evals 1 --stride 32 --out {out} {TINY}"
-    assert semivl.main(command.split()) == 0
-    names = {"config.json", "labeled.txt", "log.jsonl", "semivl.py", "data_prep.py", "last.pt",
-             "best.pt", "sheet.png", "views.png", "flow.png", "curves.png", "result.json"}
-    assert names <= {file.name for file in out.iterdir()}
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == [1, 2, 2]
-    assert {"x", "s1", "guidance_fp", "kept", "lr", "images_per_second", "val_miou", "student",
-            "best", "pseudo_labels"} <= set(log[-1])
-    shown = capsys.readouterr().out
-    assert "by definitions" in shown and "mIoU" in shown
-    assert semivl.main(["--eval", str(out / "last.pt")]) == 0
-    value = json.loads((out / "result.json").read_text())["val_last"]
-    assert f"{value:.1f}" in capsys.readouterr().out.splitlines()[-2]
-    written = json.loads((out / "last-eval.json").read_text())
-    assert written["val"]["SemiVL"]["miou"] == pytest.approx(value)
-    picture = str(folder / "images/0.png")
-    assert semivl.main(["--predict", str(out / "best.pt"), picture]) == 0
-    assert semivl.main(["--predict", str(out / "best.pt"), picture]) == 2  # nothing is overwritten
-    mask = Image.open(out / "predictions/0-mask.png")
-    assert mask.mode == "P" and mask.size == (64, 64) and np.array(mask).max() < 6
-    assert semivl.main(["--resume", str(out)]) == 0  # nothing is left to do; tables again
-    assert semivl.main(command.split()) == 2  # the run folder is taken, and stays as it is
-
-
-def test_the_benchmark_prints_json(folder, capsys):
-    assert semivl.main(f"--benchmark --dataset {folder} {TINY}".split()) == 0
-    shown = capsys.readouterr().out
-    result = json.loads(shown[shown.index("{"):])
-    phases = result["seconds_per_phase"]
-    assert {"teacher", "guidance", "student forward", "backward", "optimiser"} < set(phases)
-    assert all(seconds > 0 for seconds in phases.values())
-    assert result["samples_per_second_per_core"] > 0
-
-
-@pytest.mark.parametrize("table, rows", [("memory", 4), ("growth", 1), ("loader", 1)])
-def test_the_tables_of_the_benchmark_are_printed(table, rows, monkeypatch, capsys):
-    monkeypatch.setattr(data_prep, "PUBLISHED", {"voc": {}})  # of each table VOC's part
-    monkeypatch.setattr(data_prep, "GROWTH", [("voc", 64)])
-    monkeypatch.setattr(data_prep, "SIZES", {"voc": (500, 375)})
-    assert semivl.main(["--benchmark", table]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()[-rows:]]
-    if table == "memory":  # name, classes, crop, precision, recompute, GB kept, ...
-        assert [line[4] for line in lines] == ["off", "on"] * 2
-        assert 0 < float(lines[1][5]) < float(lines[0][5])
-        assert float(lines[2][5]) < float(lines[0][5])  # bf16
-    else:  # classes, crop, seconds; or name, size, ..., samples a second
-        assert lines[0][0] == {"growth": "21", "loader": "voc"}[table]
-        assert float(lines[0][2 if table == "growth" else -1]) > 0
-
-
-def test_help_shows_every_setting(capsys):
-    with pytest.raises(SystemExit) as stop:
-        semivl.main(["--help"])
-    shown = capsys.readouterr().out
-    assert stop.value.code == 0
-    for field in semivl.dataclasses.fields(Config):
-        assert f"--{field.name.replace('_', '-')} " in shown
+# Mistakes end in one line, and nothing is left behind
 
 
 class Malicious:
@@ -1683,353 +1048,382 @@ class Malicious:
         return print, ("this must never run",)
 
 
-def save_checkpoint(folder: Path) -> dict:
-    run = small_run(folder)
-    run.cfg.out = str(folder)
-    data_prep.save_run(run, "last.pt", resumable=True)
-    return data_prep.load_file(folder / "last.pt")
-
-
-def spoil(folder: Path, what: str) -> str:
-    """Breaks one thing; returns the command line that should stumble over it."""
-    command = f"--dataset {folder} --labels 2 --steps 1 {TINY}"
-    if what == "mask of another size":
-        Image.new("L", (9, 9)).save(folder / "masks/4.png")
-    elif what == "mask with a class too many":
-        Image.new("L", (64, 64), 77).save(folder / "masks/4.png")
-    elif what == "colour mask":
-        Image.new("RGB", (64, 64)).save(folder / "masks/4.png")
-    elif what == "truncated picture":
-        data = (folder / "images/4.png").read_bytes()
-        (folder / "images/4.png").write_bytes(data[:20])
-    elif what == "missing picture":
-        (folder / "images/4.png").unlink()
-    elif what == "three columns":
-        (folder / "splits/val.txt").write_text("a b c")
-    elif what == "empty list":
-        (folder / "splits/train.txt").write_text("")
-    elif what == "no list":
-        (folder / "splits/val.txt").unlink()
-    elif what == "broken json":
-        (folder / "dataset.json").write_text("{")
-    elif what == "no classes":
-        (folder / "dataset.json").write_text("{}")
-    elif what == "a class twice":
-        (folder / "dataset.json").write_text('{"classes": ["a", "a"]}')
-    elif what == "definition of no class":
-        (folder / "dataset.json").write_text('{"classes": ["a"], "definitions": {"b": ["c"]}}')
-    elif what == "no such folder":
-        command = "--dataset nowhere --labels 2"
-    elif what == "more labels than masks":
-        command = command.replace("--labels 2", "--labels 200")
-    elif what == "nothing left unlabelled":
-        (folder / "splits/train.txt").write_text("images/0.png masks/0.png")
-        command = command.replace("--labels 2", "--labels 1")
-    elif what == "unknown CLIP":
-        command = command.replace("--clip toy", "--clip ViT-Z")
-    elif what == "no such weights":
-        command = command.replace("--clip-weights none", "--clip-weights nowhere.pt")
-    elif what == "weights of something else":
-        torch.save({"a": torch.zeros(1)}, folder / "x.pt")
-        command = command.replace("--clip-weights none", f"--clip-weights {folder}/x.pt")
-    elif what == "malicious weights":
-        torch.save(Malicious(), folder / "x.pt")
-        command = command.replace("--clip-weights none", f"--clip-weights {folder}/x.pt")
-    elif what == "micro-batch that does not divide":
-        command = command.replace("--micro-batch 2", "--micro-batch 3")
-    elif what == "windows with gaps between them":
-        command += " --stride 33"
-    elif what == "value out of range":
-        command += " --conf 1.5"
-    elif what == "not a number":
-        command += " --lr fast"
-    elif what == "unknown option":
-        command += " --learning-rate 1"
-    elif what == "unknown device":
-        command += " --device quantum"
-    elif what == "VOC without data":
-        command = f"--dataset voc --labels 92 --root {folder}"
-    elif what == "a count that is not published":
-        command = "--dataset voc --labels 93"
-    elif what == "no such checkpoint":
-        command = "--eval nowhere.pt"
-    elif what == "checkpoint that is none":
-        torch.save({"a": torch.zeros(1)}, folder / "x.pt")
-        command = f"--eval {folder}/x.pt"
-    elif what == "an option that evaluation would ignore":
-        save_checkpoint(folder)
-        command = f"--eval {folder}/last.pt --lr 1"
-    elif what == "nothing to predict":
-        save_checkpoint(folder)
-        command = f"--predict {folder}/last.pt"
-    elif what == "a crop below the patch":
-        command = command.replace("--crop 32", "--crop 7")
-    elif what == "resume nothing":
-        command = f"--resume {folder}"
-    elif what == "resume a checkpoint of something else":
-        torch.save({"a": torch.zeros(1)}, folder / "last.pt")
-        command = f"--resume {folder}"
-    elif what == "bytes that are no picture":
-        (folder / "images/4.png").write_bytes(b"no picture at all")
-    elif what == "truncated mask":
-        data = (folder / "masks/4.png").read_bytes()
-        (folder / "masks/4.png").write_bytes(data[:len(data) // 2])
-    elif what == "broken picture among the unlabelled":
-        (folder / "images/0.png").write_bytes((folder / "images/0.png").read_bytes()[:900])
-    elif what == "a list that is no text":
-        (folder / "splits/train.txt").write_bytes(b"\xff\xfe\x00")
-    elif what == "a labelled list of another count":
-        (folder / "splits/2").mkdir()
-        (folder / "splits/2/labeled.txt").write_text("images/0.png masks/0.png")
-    elif what == "class names that are no list":
-        (folder / "dataset.json").write_text('{"classes": "sky"}')
-    elif what == "more classes than a byte holds":
-        (folder / "dataset.json").write_text(json.dumps({"classes": [str(i) for i in range(256)]}))
-    elif what == "no labels":
-        command = command.replace("--labels 2", "--labels 0")
-    elif what == "output below a file":
-        command += f" --out {folder}/dataset.json/run"
-    elif what == "output folder taken":
-        command += f" --out {folder}"
-    elif what == "truncated safetensors":
-        (folder / "x.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
-        command = command.replace("--clip-weights none", f"--clip-weights {folder}/x.safetensors")
-    elif what == "weights in a folder":
-        command = command.replace("--clip-weights none", f"--clip-weights {folder}")
-    elif what == "QuickGELU weights for a GELU model":
-        command = command.replace("--clip toy --clip-weights none", "--clip ViT-B-16")
-    elif what == "unknown tag":
-        command = command.replace("--clip toy --clip-weights none", "--clip-tag nobody")
-    elif what == "truncated checkpoint":
-        save_checkpoint(folder)
-        (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:9999])
-        command = f"--eval {folder}/last.pt"
-    elif what == "checkpoint of other classes":
-        save_checkpoint(folder)
-        (folder / "dataset.json").write_text('{"classes": ["a", "b", "c"]}')
-        command = f"--eval {folder}/last.pt"
-    elif what == "checkpoint with a tensor missing":
-        content = save_checkpoint(folder)
-        content["model"].pop("decoder.lift.weight")
-        torch.save(content, folder / "last.pt")
-        command = f"--eval {folder}/last.pt"
-    elif what == "malicious checkpoint":
-        torch.save({"model": Malicious()}, folder / "x.pt")
-        command = f"--eval {folder}/x.pt"
-    elif what == "authors' checkpoint without its data set":
-        torch.save({"model": {"module.decode_head.conv1.weight": torch.zeros(1)}}, folder / "x.pt")
-        command = f"--eval {folder}/x.pt"
-    elif what == "authors' checkpoint with tensors missing":
-        torch.save({"model": {"module.decode_head.conv1.weight": torch.zeros(1)}}, folder / "x.pt")
-        command = f"--eval {folder}/x.pt --dataset {folder} --clip toy --clip-weights none"
-    elif what == "predictions without evaluation":
-        command += " --save-predictions there"
-    elif what == "predictions into a folder that is taken":
-        save_checkpoint(folder)
-        command = f"--eval {folder}/last.pt --save-predictions {folder}"
-    elif what == "two actions at once":
-        command = "--eval a.pt --resume b"
-    elif what == "a picture to predict that is none":
-        save_checkpoint(folder)
-        command = f"--predict {folder}/last.pt {folder}/dataset.json"
-    elif what == "a picture of 16 bits":
-        Image.fromarray(np.zeros((64, 64), np.uint16)).save(folder / "images/4.png")
-    elif what == "an empty name of a checkpoint":
-        command = "--eval="
-    elif what == "windows with gaps in a prediction":
-        save_checkpoint(folder)
-        command = f"--predict {folder}/last.pt {folder}/images/0.png --stride 1000"
-    elif what == "a state dict that is none":
-        torch.save({"state_dict": [1]}, folder / "x.pt")
-        command = command.replace("--clip-weights none", f"--clip-weights {folder}/x.pt")
-    elif what == "a checkpoint without weights":
-        torch.save({"model": None}, folder / "x.pt")
-        command = f"--eval {folder}/x.pt"
-    elif what == "a CLIP from the hub":
-        command = command.replace("--clip toy", "--clip hf-hub:someone/something")
-    elif what == "a CLIP with a foreign text tower":
-        command = command.replace("--clip toy", "--clip roberta-ViT-B-32")
-    elif what == "resume from the best":
-        save_checkpoint(folder)
-        content = data_prep.load_file(folder / "last.pt")
-        torch.save({k: content[k] for k in ("config", "classes", "model", "step")},
-                   folder / "last.pt")
-        command = f"--resume {folder}"
-    elif what == "resume with the classes in another order":
-        save_checkpoint(folder)
-        content = json.loads((folder / "dataset.json").read_text())
-        content["classes"].reverse()
-        (folder / "dataset.json").write_text(json.dumps(content))
-        command = f"--resume {folder}"
-    elif what == "an unmasked test image that is missing":
-        save_checkpoint(folder)
-        (folder / "splits/test.txt").write_text("images/99.png")
-        command = f"--eval {folder}/last.pt --save-predictions {folder}/png"
-    elif what == "evaluation on other classes than VOC's":
-        save_checkpoint(folder)
-        command = f"--eval {folder}/last.pt --dataset voc"
-    elif what == "two pictures of the same name":
-        save_checkpoint(folder)
-        command = f"--predict {folder}/last.pt {folder}/images/0.png {folder}/masks/0.png"
-    return command
-
-
-MISTAKES = [part.split('"')[0] for part in Path(__file__).read_text().split('what == "')[1:-1]]
+MISTAKES = {  # what is done to a folder -> (file, content or picture; or options), words of the line
+    "a mask of another size": ("masks/4.png", Image.new("L", (9, 9)), "64 x 64"),
+    "a mask with a class too many": ("masks/4.png", Image.new("L", (64, 64), 77), "77"),
+    "a mask of colours": ("masks/4.png", Image.new("RGB", (64, 64)), "palette"),
+    "an image of 16 bits": ("images/4.png", Image.fromarray(np.zeros((64, 64), np.uint16)), "8 bits"),
+    "bytes that are no image": ("images/4.png", b"no image at all", "images/4.png"),
+    "a broken unlabelled image": ("images/0.png", lambda b: b[:900], "images/0.png"),
+    "a truncated mask": ("masks/4.png", lambda b: b[:len(b) // 2], "masks/4.png"),
+    "three columns": ("splits/val.txt", b"a b c", "IMAGE MASK"),
+    "an empty list": ("splits/train.txt", b"", "train.txt"),
+    "a list that is no text": ("splits/train.txt", b"\xff\xfe\x00", "train.txt"),
+    "broken json": ("dataset.json", b"{", "dataset.json"),
+    "no classes": ("dataset.json", b"{}", "classes"),
+    "a class twice": ("dataset.json", b'{"classes": ["a", "a"]}', "twice"),
+    "a definition of no class": (
+        "dataset.json", b'{"classes": ["a"], "definitions": {"b": ["c"]}}', "definitions"),
+    "classes that are no list": ("dataset.json", b'{"classes": "sky"}', "list"),
+    "more classes than a byte holds": (
+        "dataset.json", json.dumps({"classes": [str(i) for i in range(256)]}).encode(), "255"),
+    "nothing left unlabelled": ("splits/train.txt", b"images/0.png masks/0.png\n"
+                                b"images/1.png masks/1.png", "--unlabelled off"),
+    "no such folder": "--dataset nowhere | dataset.json",
+    "more labels than masks": "--labels 200 | --labels 200",
+    "no labels": "--labels 0 | labels",
+    "unknown CLIP": "--clip ViT-Z | ViT-Z",
+    "a CLIP with a foreign text tower": "--clip roberta-ViT-B-32 | no plain ViT",
+    "QuickGELU weights for a GELU model": "--clip ViT-B-16 --clip-weights= | quickgelu",
+    "no such weights": "--clip-weights nowhere.pt | nowhere.pt",
+    "no weights but a text": "--clip-weights dataset.json | dataset.json",
+    "malicious weights": "--clip-weights bad.pt | bad.pt",
+    "a malicious checkpoint": "--eval bad.pt | bad.pt",
+    "malicious stem weights": "--conv-skip on --conv-weights bad.pt | bad.pt",
+    "a micro-batch that does not divide": "--micro-batch 3 --batch 4 | divide",
+    "windows with gaps between them": "--stride 33 | pixels would be left out",
+    "a value out of range": "--conf 1.5 | conf",
+    "a crop below the patch": "--crop 7 --stride 7 | patch",
+    "unknown device": "--device quantum | quantum",
+    "no such checkpoint": "--eval nowhere.pt | no such file",
+    "a folder for a checkpoint": "--eval splits | directory",
+    "resuming nothing": "--resume splits | last.pt",
+    "an output folder that is taken": "--out splits | splits",
+}
 
 
 @pytest.mark.parametrize("what", MISTAKES)
-def test_a_mistake_ends_with_one_line_and_exit_code_2(what, folder, capsys, monkeypatch, tmp_path):
-    def contents():
-        return {str(p): p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
+def test_a_mistake_ends_with_one_line_and_exit_code_2(what, folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    torch.save({"model": Malicious()}, "bad.pt")
+    mistake, options = MISTAKES[what], ["--dataset", ".", "--labels", "2", *TINY]
+    if isinstance(mistake, str):
+        mistake, _, words = mistake.partition(" | ")
+        options = mistake.split() if "--eval" in mistake or "--resume" in mistake else [
+            *options, *mistake.split()]
+    else:
+        file, content, words = mistake
+        if isinstance(content, Image.Image):
+            content.save(file)
+        else:
+            old = Path(file).read_bytes()
+            Path(file).write_bytes(content(old) if callable(content) else content)
+    before = sorted(Path().rglob("*"))
+    assert semivl.main(options) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("semivl.py: ") and len(said.err.splitlines()) == 1
+    assert words in said.err and "must never run" not in said.out
+    assert sorted(Path().rglob("*")) == before
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data_prep, "LIST_HOSTS", ("http://127.0.0.1:9/",))  # nobody listens there
-    command = spoil(folder, what)
-    before = contents()
-    assert semivl.main(command.split()) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("semivl.py: ") and len(captured.err.splitlines()) == 1
-    assert "Traceback" not in captured.err and "must never run" not in captured.out
-    assert contents() == before  # nothing was left behind, nothing overwritten
 
-
-def test_twenty_problems_of_a_folder_are_listed_at_once_with_their_remedy(folder, capsys):
+def test_twenty_problems_of_a_folder_are_listed_at_once(folder, tmp_path, capsys):
     lines = [f"images/{i}.png masks/{i}.png" for i in range(100, 130)]
-    (folder / "splits/val.txt").write_text("\n".join(lines + ["images/0.png masks/5.png"]))
-    Image.new("L", (9, 9)).save(folder / "masks/5.png")
-    Image.new("L", (64, 64), 77).save(folder / "masks/100.png")
-    assert semivl.main(f"--dataset {folder} --labels 2 {TINY}".split()) == 2
-    shown = capsys.readouterr().err.splitlines()
-    assert len(shown) == 21 and shown[-1] == "... and 11 more"
-    assert "masks/100.png: holds the value 77" in shown[0] and "correct the mask" in shown[0]
+    (folder / "splits/val.txt").write_text("\n".join(lines))
+    assert run(folder, tmp_path / "run") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 21 and said[-1] == "... and 10 more" and "images/100.png" in said[0]
 
 
-def test_the_program_runs_as_a_script():
-    script = Path(semivl.__file__)
-    done = subprocess.run([sys.executable, script, "--dataset", "nowhere"], capture_output=True)
-    assert done.returncode == 2 and done.stderr.startswith(b"semivl.py: nowhere/dataset.json")
+def test_an_error_in_a_loader_process_ends_the_run_with_its_own_message(folder, tmp_path, monkeypatch,
+                                                                        capsys):
+    monkeypatch.setattr(semivl, "check_folder", lambda *_: (folder / "images/0.png").unlink())
+    assert run(folder, tmp_path / "run", "--workers", 1) == 2
+    assert capsys.readouterr().err.endswith(f"{folder}/images/0.png: no such file or directory\n")
+
+
+def test_help_shows_every_setting_and_a_wrong_option_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        semivl.main(["--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0
+    for name in vars(Config()):
+        assert f"--{name.replace('_', '-')} " in said
+    with pytest.raises(SystemExit) as stop:
+        semivl.main(["--learning-rate", "1"])
+    assert stop.value.code == 2
 
 
 # ----------------------------------------------------------------------------------------------
-# Runs that survive
+# The file itself
+
+
+def cut_out(name: str) -> dict:
+    """A fresh namespace that holds `name`, the definitions that it names, and the imports."""
+    source = Path(semivl.__file__).read_text()
+    places, needed, todo = {}, [], [name]
+    for node in ast.parse(source).body:
+        for target in node.targets if isinstance(node, ast.Assign) else [node]:
+            places[getattr(target, "id", getattr(target, "name", None))] = node
+    while todo:
+        node = places[todo.pop()]
+        if node not in needed:
+            needed.append(node)
+            used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+            assert not used & {"Config", "train"}, (name, node.name)
+            todo += used & set(places)
+    imports = [node for node in ast.parse(source).body
+               if isinstance(node, (ast.Import, ast.ImportFrom))]
+    parts = [ast.unparse(node) for node in imports + sorted(needed, key=lambda node: node.lineno)]
+    namespace = {"__name__": "cut_out"}
+    exec("\n".join(parts), namespace)
+    return namespace
+
+
+def test_each_piece_works_when_it_is_cut_out():
+    images, text = torch.rand(2, 3, 32, 48), random_normal(2, (5, 64))
+    dense_clip = cut_out("DenseCLIP")["DenseCLIP"](data_prep.empty_clip("toy").visual)
+    dense, skips = dense_clip(images)
+    width = skips[0].shape[1]
+    decoder = cut_out("LanguageGuidedDecoder")["LanguageGuidedDecoder"](64, width, width)
+    logits = decoder(dense, skips, text).detach()
+    assert logits.shape == (2, 5, 16, 24)
+    label, none = logits.argmax(1), torch.zeros(2, 16, 24, dtype=torch.bool)
+    loss = cut_out("consistency_loss")["consistency_loss"](
+        logits, label, torch.ones(2, 16, 24), none)
+    assert loss == pytest.approx(float(F.cross_entropy(logits, label)))
+    guidance = cut_out("FrozenGuidance")["FrozenGuidance"](dense_clip, text, [2, 3])
+    assert guidance(images).shape == (2, 2, 32, 48)
+    teacher = cut_out("EMATeacher")["EMATeacher"](dense_clip, decay=0.9)
+    teacher.update(dense_clip, step=100)
+    assert torch.equal(teacher(images)[0], dense_clip(images)[0])
+    scores = cut_out("sliding_window")["sliding_window"](lambda part: part, images, 20, 10)
+    torch.testing.assert_close(scores, images)
+
+
+def test_the_examples_in_the_docstrings_give_what_they_say():
+    result = doctest.testmod(semivl)
+    assert result.attempted >= 7 and result.failed == 0
+
+
+def test_the_three_files_keep_to_their_rooms():
+    here = Path(semivl.__file__).parent
+    for name, most in (("semivl.py", 1400), ("data_prep.py", 800), ("test_semivl.py", 1000)):
+        assert len((here / name).read_text().splitlines()) <= most, name
+    assert "semivl" not in {a.name for node in ast.walk(ast.parse((here / "data_prep.py").read_text()))
+                            if isinstance(node, ast.Import) for a in node.names}
+
+
 # ----------------------------------------------------------------------------------------------
+# Data folders: the published sets from small archives of the true layout, served on this machine
 
 
-def digest_of(run: Path) -> str:
-    """SHA-256 over all tensors of a run's last checkpoint: teacher, student, optimiser."""
-    content, hasher = data_prep.load_file(run / "last.pt"), hashlib.sha256()
-    moments = content["optimizer"]["state"]
-    for tensor in [*content["model"].values(), *content["student"].values(),
-                   *(t for i in sorted(moments) for t in moments[i].values())]:
-        hasher.update(tensor.numpy().tobytes())
-    return f"{content['step']} {hasher.hexdigest()}"
+class Host(http.server.BaseHTTPRequestHandler):
+    """Serves `server.files`; breaks off in the middle of a file `server.cuts[path]` times."""
+    log_message = lambda *_: None  # noqa: E731
+
+    def do_GET(self):
+        host, path = self.server, self.path
+        start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        host.seen.append((path, start))
+        content, start = host.files.get(path), start * host.ranges
+        if content is None or 0 < len(content) <= start:
+            return self.send_error(404 if content is None else 416)
+        self.send_response(206 if host.ranges else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        host.cuts[path] = host.cuts.get(path, 0) - 1
+        self.wfile.write(content[start:len(content) // 2 if host.cuts[path] >= 0 else None])
 
 
-def long_run(folder, out, workers=0):
-    tiny = TINY.replace("--workers 0", f"--workers {workers}")
-    return (f"--dataset {folder} --labels 2 --steps 12 --evals 3 --save-every 3 --stride 32 "
-            f"--out {out} {tiny}").split()
+@pytest.fixture
+def host():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host) as server:
+        server.files, server.cuts, server.seen, server.ranges = {}, {}, [], True
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        yield server
+        server.shutdown()
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run that nothing interrupted, beside its folder of pictures."""
-    path = tmp_path_factory.mktemp("whole")
-    assert semivl.main(long_run(make_folder(path / "pictures"), path / "run")) == 0
-    return path / "run"
+def packed(archive: str, members: dict) -> bytes:
+    file, is_zip = io.BytesIO(), archive.endswith(".zip")
+    with zipfile.ZipFile(file, "w") if is_zip else tarfile.open(fileobj=file, mode="w") as out:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.linkname = len(content), "/etc/passwd"
+            info.type = tarfile.SYMTYPE if "link" in name else tarfile.REGTYPE
+            out.writestr(name, content) if is_zip else out.addfile(info, io.BytesIO(content))
+    return file.getvalue()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_run_goes_on_to_the_same_weights(workers, whole, tmp_path):
-    folder, killed = whole.parent / "pictures", tmp_path / "killed"
-    command = [sys.executable, semivl.__file__, *long_run(folder, killed, workers)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = killed / "log.jsonl"
-    while process.poll() is None and not (log.exists() and '"step": 5' in log.read_text()):
-        time.sleep(0.005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    with open(log, "a") as out:
-        out.write('{"step": 6, "lo')  # half a line, as a kill may leave it
-    assert data_prep.load_file(killed / "last.pt")["step"] in (3, 4, 6, 8)
-    assert semivl.main(["--resume", str(killed)]) == 0
-    assert digest_of(killed) == digest_of(whole)
-    steps = [[json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
-             for run in (killed, whole)]
-    assert steps[0] == steps[1] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 12]
+VOC, ADE = "VOCdevkit/VOC2012/", "ADEChallengeData2016/"
+WORLDS = {  # data set -> three training and two validation images, line of a list, archives' files
+    "voc": ("12345", "JPEGImages/{0}.jpg SegmentationClass/{0}.png",
+            [[VOC + "JPEGImages/{0}.jpg", VOC + "SegmentationClass/{0}.png"]]),
+    "coco": ([f"{'train' if i < 3 else 'val'}2017/{i:012}" for i in range(5)],
+             "{0}.jpg masks/{1}.png", [["{0}.jpg"], [], ["deep/{1}.png"]]),
+    "ade20k": ([f"training/ADE_train_{i:08}" for i in (1, 2, 3)]
+               + [f"validation/ADE_val_{i:08}" for i in (1, 2)], "",
+               [[ADE + "images/{0}.jpg", ADE + "annotations/{0}.png"]]),
+    "cityscapes": (["train/a/a_1", "train/a/a_2", "train/b/b_3", "val/c/c_4", "val/c/c_5"],
+                   "leftImg8bit/{0}_leftImg8bit.png gtFine/{0}_gtFine_labelTrainIds.png",
+                   [["leftImg8bit/{0}_leftImg8bit.png"],
+                    ["gtFine/{0}_gtFine_labelIds.png", "gtFine/{0}_no_color.png"]]),
+}
+FOREIGN = dict.fromkeys([  # members that must stay in their archive
+    "../../no.jpg", VOC + "JPEGImages/link_no.jpg", VOC + "JPEGImages/../../../../no.jpg",
+    ADE + "images/training/../../../../no.jpg", "leftImg8bit/test/no/no_1_leftImg8bit.png"], b"")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("where", ["step", "evaluation"])
-def test_a_signal_ends_a_run_after_saving(where, number, whole, tmp_path, monkeypatch, capsys):
-    stopped = tmp_path / "stopped"
-    train_step, miou = semivl.Training.train_step, data_prep.Recorder.miou
-
-    def signalled_step(run, batch):
-        if where == "step" and run.step == 4:
-            signal.raise_signal(number)  # in the middle of the step: it will be finished
-        return train_step(run, batch)
-
-    def signalled_miou(recorder, model, entries, title):
-        if where == "evaluation" and recorder.run.step == 8:
-            signal.raise_signal(number)
-        return miou(recorder, model, entries, title)
-
-    before = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        patch.setattr(semivl.Training, "train_step", signalled_step)
-        patch.setattr(data_prep.Recorder, "miou", signalled_miou)
-        assert semivl.main(long_run(whole.parent / "pictures", stopped)) == 130
-    assert signal.getsignal(number) is before
-    captured = capsys.readouterr()
-    assert f"go on by --resume {stopped}" in captured.out and "Traceback" not in captured.err
-    assert data_prep.load_file(stopped / "last.pt")["step"] == (5 if where == "step" else 8)
-    assert semivl.main(["--resume", str(stopped)]) == 0
-    assert digest_of(stopped) == digest_of(whole)
-    results = [json.loads((run / "result.json").read_text()) for run in (stopped, whole)]
-    assert results[0] == results[1]
+def small_archives(name: str, first=(0, 1, 150)) -> dict:
+    """Archive -> its bytes. All files are one mask of 0 to 33, but its first values are `first`."""
+    mask = np.resize(np.uint8([*first, *range(3, 34)]), (20, 30))
+    Image.fromarray(mask).save(image := io.BytesIO(), "PNG")
+    return {archive.name: packed(archive.name, FOREIGN | {
+        path.format(n, n[-12:]): image.getvalue() for path in paths for n in WORLDS[name][0]})
+        for archive, paths in zip(data_prep.ARCHIVES[name], WORLDS[name][2])}
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
-def test_a_lack_of_memory_is_told_in_one_line(error, folder, tmp_path, monkeypatch, capsys):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(semivl.Training, "train_step", fail)
-    assert semivl.main(long_run(folder, tmp_path / "run", workers=2)) == 2
-    assert "take a smaller --micro-batch" in capsys.readouterr().err.splitlines()[-1]
-    assert not multiprocessing.active_children()
-
-
-def test_a_resumed_log_is_the_uninterrupted_one(whole):
-    """The means at an evaluation count the steps before the stop too."""
-    lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
-    run = small_run(whole.parent / "pictures", out=str(whole.parent / "copy"), steps=12)
-    (whole.parent / "copy").mkdir()
-    (whole.parent / "copy/log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    run.step = 7  # step 4 was evaluated: 5, 6 and 7 count
-    with data_prep.RunLog(run) as log:
-        assert log.count == 3
-        assert log.sums["total"] == pytest.approx(sum(
-            line["total"] for line in lines if line["step"] in (5, 6, 7)))
+def publish(name: str, host, monkeypatch) -> dict:
+    """data_prep will take the small archives for the published ones, on two hosts."""
+    archives, (names, line, _) = small_archives(name), WORLDS[name]
+    lists = {"1/labeled.txt": names[:1], "2/labeled.txt": names[:2], "val.txt": names[3:]}
+    lists |= {"train.txt": names[:3]} if name == "voc" else {}
+    for file, part in lists.items():
+        text = "\n".join(line.format(n, n[-12:]) for n in part)
+        host.files[f"/lists/splits/{file}"] = text.encode()
+    for file, content in archives.items():
+        host.files |= {f"/first/{file}": content, f"/second/{file}": content}
+    monkeypatch.setitem(data_prep.COUNTS, name, (3, 2))
+    monkeypatch.setitem(data_prep.LISTS, name, {file: line and file for file in lists})
+    monkeypatch.setattr(data_prep, "LIST_HOSTS", (f"{host.url}/gone/", f"{host.url}/lists/"))
+    monkeypatch.setitem(data_prep.ARCHIVES, name, [a._replace(
+        size=0.001, md5=a.md5 and hashlib.md5(archives[a.name]).hexdigest(),
+        urls=[f"{host.url}/{place}/{a.name}" for place in ("first", "second") if a.urls])
+        for a in data_prep.ARCHIVES[name]])
+    return archives
 
 
-def test_a_full_disk_loses_nothing_that_was_saved(folder, tmp_path, capsys):
-    resource = pytest.importorskip("resource")
-    out = tmp_path / "run"
-    assert semivl.main([*long_run(folder, out), "--steps", "3"]) == 0
-    saved = (out / "last.pt").read_bytes()
-    content = data_prep.load_file(out / "last.pt")
-    content["config"]["steps"] = 12
-    torch.save(content, out / "last.pt")
-    saved = (out / "last.pt").read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(saved) // 2, hard))  # as if the disk was full
-    try:
-        assert semivl.main(["--resume", str(out)]) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    shown = capsys.readouterr().err.splitlines()
-    assert len([line for line in shown if line.startswith("semivl.py: ")]) == 1
-    assert "cannot be written" in shown[-1] and "Traceback" not in "".join(shown)
-    assert (out / "last.pt").read_bytes() == saved and not list(out.glob("*.tmp"))
+def save(folder, files: dict) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return str(folder)
+
+
+def first_mask(folder) -> list:
+    mask = folder / (folder / "splits/val.txt").read_text().split()[1]
+    return np.array(Image.open(mask)).flatten()[:34].tolist()
+
+
+@pytest.mark.parametrize("name, spelling", [
+    ("voc", "9d8c10a7"), ("coco", "a4fab23f"), ("ade20k", "502dcd34"), ("cityscapes", "3d95bef9")])
+def test_a_published_set_is_made_from_its_archives(
+        name, spelling, host, monkeypatch, tmp_path, capsys):
+    archives, kept = publish(name, host, monkeypatch), []
+    command, mask = [name, "--root", str(tmp_path)], [0, 1, 150, *range(3, 34)]
+    if name == "ade20k":
+        mask = [255, 0, 149, *range(2, 33)]
+    elif name == "cityscapes":
+        assert data_prep.main(command) == 2 and "--source FOLDER" in capsys.readouterr().err
+        command += ["--source", save(tmp_path / "downloads", kept := archives)]
+        trained = [7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]
+        mask = [trained.index(i) if i in trained else 255 for i in mask]
+    assert data_prep.main(command) == 0 and "is complete" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.glob("downloads/*")} == set(kept)  # the user's own stay
+    assert {path.name for path in tmp_path.iterdir()} - {"downloads"} == {name}
+    assert not list(tmp_path.rglob("*no*.[jp][pn]g"))
+    made, classes = tmp_path / name, data_prep.CLASSES[name]
+    assert first_mask(made) == mask and len((made / "splits/train.txt").read_text().split()) == 3
+    assert len((made / "splits/2/labeled.txt").read_text().splitlines()) == 2
+    assert json.loads((made / "dataset.json").read_text())["classes"] == classes
+    assert hashlib.md5("|".join(classes).encode()).hexdigest().startswith(spelling)
+    before, asked = sorted(tmp_path.rglob("*")), len(host.seen)
+    assert data_prep.main(command) == 0 and "nothing to do" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before and len(host.seen) == asked
+
+
+def test_masks_of_ade20k_are_never_shifted_twice(host, monkeypatch, tmp_path):
+    publish("ade20k", host, monkeypatch)
+    zips = save(tmp_path / "zips", small_archives("ade20k", first=(255, 0, 149)))  # converted ones
+    assert first_mask(data_prep.prepare("ade20k", tmp_path, zips))[:4] == [255, 0, 149, 3]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_broken_transfer_goes_on_where_it_stopped(ranges, host, tmp_path):
+    content, host.ranges = np.random.RandomState(0).bytes(3_000_001), ranges
+    host.files, host.cuts = {"/a": content, "/b": content}, {"/a": 1, "/b": 9}
+    (tmp_path / "c.part").write_bytes(content)  # all is there, only the name is not
+    for name in "ac":
+        data_prep.download(f"{host.url}/a", tmp_path / name)
+        assert (tmp_path / name).read_bytes() == content
+    assert host.seen == [("/a", 0), ("/a", 1_500_000), ("/a", 3_000_001)]
+    with pytest.raises((OSError, http.client.HTTPException)):  # this one never sends the rest
+        data_prep.download(f"{host.url}/b", tmp_path / "b")
+
+
+def test_a_wrong_md5_is_refused_and_the_mirror_used(host, monkeypatch, tmp_path, capsys):
+    archive, = publish("voc", host, monkeypatch)
+    host.files[f"/first/{archive}"] += b"spoilt"
+    assert data_prep.main(["voc", "--root", str(tmp_path)]) == 0
+    assert {(f"/first/{archive}", 0), (f"/second/{archive}", 0)} < set(host.seen)
+    host.files.pop(f"/second/{archive}")
+    assert data_prep.main(["voc", "--root", str(tmp_path / "other")]) == 2
+    assert "MD5 is wrong" in capsys.readouterr().err and not (tmp_path / "other/voc").exists()
+
+
+def test_an_interrupted_build_is_absent_and_fetches_no_more(host, monkeypatch, tmp_path):
+    publish("coco", host, monkeypatch)
+    with monkeypatch.context() as broken:
+        broken.setattr(data_prep, "settle", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert data_prep.main(["coco", "--root", str(tmp_path)]) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["downloads"]
+    host.files.clear()
+    data_prep.prepare("coco", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["coco"]
+
+
+def test_the_folder_of_a_faster_process_is_used(host, monkeypatch, tmp_path):
+    publish("voc", host, monkeypatch)
+    theirs, files = tmp_path / "voc", {"dataset.json": b"theirs"}
+    monkeypatch.setattr(data_prep, "settle", lambda *_: save(theirs, files))
+    assert [path.read_text() for path in data_prep.prepare("voc", tmp_path).iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize("told, more, counts, data", [
+    ("damaged", "", (3, 2), b"<html>"), ("val_2.png: not an image", "", (3, 2), packed(
+        ".zip", {ADE + "annotations/validation/ADE_val_2.png": b""})),
+    ("has 3 images instead of 4", "", (4, 2), None), ("2 listed files are", "", (3, 3), None),
+    ("neither a folder", "--source nowhere", (3, 2), None), ("move", "--root zips", (3, 2), None)])
+def test_mistakes_end_in_one_line(told, more, counts, data, host, monkeypatch, tmp_path, capsys):
+    zips = {name: data or whole for name, whole in publish("ade20k", host, monkeypatch).items()}
+    save(tmp_path / "zips", zips | {"ade20k": b"a file where the data folder should be"})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(data_prep.COUNTS, "ade20k", counts)
+    assert data_prep.main(f"ade20k --source zips {more}".split()) == 2
+    shown = [line for line in capsys.readouterr().err.splitlines() if line and "it/s" not in line]
+    assert len(shown) == 1 and shown[0].startswith("data_prep.py: ") and told in shown[0]
+    assert not list(tmp_path.glob("data/*ade20k*"))
+
+
+def test_a_disk_too_small_is_noticed_first(host, monkeypatch, tmp_path, capsys):
+    publish("coco", host, monkeypatch)
+    monkeypatch.setitem(data_prep.ARCHIVES, "coco", [data_prep.Archive("a.zip", 1e9, None, ["x"])])
+    assert data_prep.main(["coco", "--root", str(tmp_path)]) == 2 and not host.seen
+    assert "needs about" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_the_lists_of_ade20k_are_the_published_ones():
+    for n, digest in {158: "5b28d705e511", 316: "78f423b10adc", 632: "0a2f3b29515a",
+                      1263: "85cb4de0a789", 2526: "73d45bc89e25"}.items():
+        text = data_prep.ade20k_list(f"{n}/labeled.txt").encode()
+        assert hashlib.sha256(text).hexdigest().startswith(digest)
+
+
+def test_the_toy_world_is_complete_or_absent(tmp_path, monkeypatch):
+    for name, value in dict(SPLITS={"train": 3, "val": 2, "test": 2}, CORPUS=64, STEPS=2).items():
+        monkeypatch.setattr(data_prep, name, value)
+    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+        broken.setattr(data_prep, "pretrain_tiny_clip", lambda *_: 1 / 0)
+        data_prep.prepare("toy", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    toy = data_prep.prepare("toy", tmp_path)
+    assert len(first_mask(toy)) == 34 and len(list(toy.glob("images/train/*.png"))) == 3
+    saved = torch.load(toy / "open_clip_pytorch_model.bin", weights_only=True)
+    clip = open_clip.create_model(f"local-dir:{toy}").state_dict()
+    assert clip.keys() == saved.keys() and all(torch.equal(clip[k], saved[k]) for k in clip)
+
+
+def test_the_painter_repeats_itself_from_its_seed_only():
+    first, again, other = (np.array(data_prep.Painter(seed).scene()[0]) for seed in "aab")
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
