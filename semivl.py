@@ -78,7 +78,7 @@ class Config:
     labels: int = 92  # how many images have a mask; all others of train.txt count as unlabelled
     root: str = "data"  # folder in which the named data sets are kept
     crop: int = 512  # side of the training crop and of the test window, pixels
-    fit: bool = True  # fit images to the crop before scaling them, and for evaluation
+    fit: bool = True  # scale relative to the crop; at test the short side becomes the crop
     scale_min: float = 0.5  # smallest factor of the random scale
     scale_max: float = 2.0  # largest factor of the random scale
     workers: int = 4  # processes that load images; 0: the training process itself
@@ -88,9 +88,9 @@ class Config:
     clip_weights: str = ""  # FILE of CLIP weights; none: random; '': those of the tag
     authors_clip: bool = False  # the authors' GELU, LayerNorm eps and image statistics
     decoder: Literal["language", "vision"] = "language"  # vision: DeepLabV3+
-    decoder_text: Literal["names", "mean"] = "names"  # of a class; mean: of its concepts
+    decoder_text: Literal["names", "mean"] = "names"  # what the decoder reads; mean: of concepts
     definitions: bool = True  # frozen CLIP looks for a class's concepts; off: for its name
-    finetune: Literal["spatial", "all", "none"] = "spatial"  # in the ViT; attention and position
+    finetune: Literal["spatial", "all", "none"] = "spatial"  # what trains in the ViT
     conv_skip: bool = False  # take the shallow skip from a ResNet-101 stem (Cityscapes)
     conv_weights: str = ""  # FILE of the stem's weights; none: random; '': timm's
     # Method
@@ -135,10 +135,9 @@ PRESETS = {
     "voc": dict(),
     "coco": dict(labels=232, fit=False, epochs=10, micro_batch=1, lr=4e-3, vit_lr=4e-7),
     "ade20k": dict(labels=158, epochs=40, micro_batch=1, lr=4e-3, vit_lr=4e-7),
-    "cityscapes": dict(  # steps: 240 epochs of the split of 186; stride: 2/3 of the crop
-        labels=100, fit=False, crop=801, steps=240 * 349, micro_batch=1, lr=5e-4, vit_lr=5e-6,
-        conv_skip=True, decoder_text="mean", weighting="mean", window_mode="probabilities",
-        stride=534)}
+    "cityscapes": dict(labels=100, fit=False, crop=801, stride=534, steps=240 * 349, micro_batch=1,
+                       lr=5e-4, vit_lr=5e-6, conv_skip=True, decoder_text="mean", weighting="mean",
+                       window_mode="probabilities")}  # steps: 240 epochs of the split of 186
 IGNORE = 255  # "no label" in every mask in memory, whatever value a folder's files have for it
 
 def require(condition, message: str) -> None:
@@ -227,7 +226,7 @@ def describe_classes(clip: open_clip.CLIP, classes: dict[str, list[str]], cfg: C
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 class QuickGELU(nn.Module):
-    """x sigmoid(1.702 x), written as silu(1.702 x) / 1.702: the backward pass keeps one tensor."""
+    """x sigmoid(1.702 x), as silu(1.702 x) / 1.702: the backward pass keeps one tensor, not two."""
     def forward(self, x):
         return F.silu(1.702 * x).mul_(1 / 1.702)
 
@@ -323,7 +322,6 @@ class DenseCLIP(nn.Module):
 
 # ----------------------------------------------------------------------------------------------
 # 4. Spatial fine-tuning: which weights may learn without making CLIP forget?
-# (Paper: Spatial Fine-Tuning.)
 # CLIP lacks local, spatial reasoning, which lives in attention. What it knows about the world lives
 # in the MLPs. So attention and the position embedding train; everything else stays as it was.
 
@@ -483,7 +481,7 @@ class LanguageGuidedDecoder(nn.Module):
         -> logits [B, N, 4gh, 4gw]."""
         x = self.by_classes(self.spatial_reasoning, cosine_maps(dense, text))
         x = self.semantic_reasoning(x, text)
-        shallow, deep = self.shallow_proj(skips[0]), self.deep_proj(skips[1])  # [B, 16; 32, ., .]
+        shallow, deep = self.shallow_proj(skips[0]), self.deep_proj(skips[1])  # [B, 16 or 32, ., .]
         return self.by_classes(self.upsampling, x, shallow, deep)
 
 class VisionDecoder(nn.Module):
@@ -504,7 +502,7 @@ class VisionDecoder(nn.Module):
 # 6. Three networks: student, frozen CLIP (paper: Dense CLIP Guidance), EMA teacher
 # Who tells the student what to say where there is no mask? The teacher grows better, but it learns
 # from the student, so its mistakes feed on themselves. Frozen CLIP is coarse, but never changes.
-# In: images [B, 3, H, W] in [0, 1]. Out: logits [B, N, H, W], or labels [B, H, W].
+# In: images [B, 3, H, W] in [0, 1]. Out: logits [B, N, H, W]; of frozen CLIP labels, too.
 
 class SemiVL(nn.Module):
     """Images -> logits: dense CLIP, an optional convolutional skip, a decoder.
@@ -634,6 +632,7 @@ def open_data(cfg: Config) -> Folder:
     those of DEFINITIONS, else of dataset.json, else each class's name."""
     path = Path(cfg.root) / cfg.dataset if cfg.dataset in PRESETS else Path(cfg.dataset)
     if cfg.dataset in PRESETS and not path.exists():
+        require(WORLD == 1, f"{path} is missing: first run python data_prep.py {cfg.dataset}")
         import data_prep
         data_prep.prepare(cfg.dataset, cfg.root)
     file, splits = path / "dataset.json", path / "splits"
@@ -652,7 +651,8 @@ def open_data(cfg: Config) -> Folder:
 
 def draw_labelled(folder: Folder, count: int, seed: int) -> list[tuple]:
     """The labelled entries: those of splits/COUNT/labeled.txt, else `count` of train.txt, drawn. A
-    few images easily miss a class, so of 100 draws the first one with the most classes counts."""
+    few images easily miss a class, so of 100 draws, whose masks it looks at, the first one with the
+    most classes counts."""
     file = folder.path / f"splits/{count}/labeled.txt"
     masked = read_list(file, True) if file.exists() else [e for e in folder.train if e[1]]
     lists = sorted(int(file.parent.name) for file in folder.path.glob("splits/*/labeled.txt"))
@@ -716,7 +716,7 @@ strong_view = v2.Compose([  # other colours, the same pixels
     v2.RandomApply([v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)], 0.8),
     v2.RandomGrayscale(0.2),
     v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], 0.5)])
-STRONG_VIEWS = {"s1": strong_view, "s2": strong_view}  # one more entry is one more strong view
+STRONG_VIEWS = {"s1": strong_view, "s2": strong_view}  # one more entry is one more view
 
 def cutmix_box(size: int) -> torch.Tensor:
     """A random box (top, left, bottom, right) in a crop of size x size; empty with p = 0.5."""
@@ -731,7 +731,7 @@ def cutmix_box(size: int) -> torch.Tensor:
             return torch.tensor([top, left, top + height, left + width])
 
 # All chance in training is a function of (seed, position in the run), so a resumed run repeats it.
-# Seed s uses the numbers from s * STREAM on: one half for augmentation, one for feature dropout.
+# Seed s uses the numbers from s * STREAM on, the first half for augmentation, the other for dropout.
 STREAM = 10**9
 
 class TrainingSet(Dataset):
@@ -769,7 +769,8 @@ class TrainingSet(Dataset):
 # 8. Consistency: what should the student say about an image without a mask?
 # (UniMatch, Yang et al., CVPR 2023; the guidance term G is this paper's.)
 #     total = (L_x + 1/2 mean over strong views of L_s + 1/2 L_fp) / 2
-#             + lambda (1/2 mean over strong views of G_s + 1/2 G_fp),   lambda = guidance (1 - t/T)
+#             + lambda (1/2 mean over strong views of G_s + 1/2 G_fp)
+# with lambda = guidance (1 - step/steps). So x weighs 1/2, s1 and s2 1/8 each, fp 1/4.
 # L_x: cross-entropy with the mask. L_s, L_fp: with the teacher's pseudo-labels. G_s, G_fp: with the
 # labels of frozen CLIP. Nobody knows the mask of an unlabelled image, but it does not depend on the
 # colours: the teacher labels the weak view, and the student must say the same of strong views,
@@ -817,11 +818,7 @@ def consistency_loss(logits, label, confidence, padding, conf_thresh=0.95, weigh
     by their number (not by the sum of weights, so an image with few confident pixels counts less).
     logits [B, N, H, W]; label (int64), confidence, padding (bool) [B, H, W]. Weights: "pixel", 1
     where the confidence reaches conf_thresh, else 0; "mean", the image's mean confidence; "share",
-    the share of its pixels that reach conf_thresh.
-        >>> label, sure = torch.zeros(1, 2, 2, dtype=torch.long), torch.ones(1, 2, 2)
-        >>> consistency_loss(torch.zeros(1, 2, 2, 2), label, sure, padding=sure < 1)  # log(2)
-        tensor(0.6931)
-    """
+    the share of its pixels that reach conf_thresh."""
     require(weighting in ("pixel", "mean", "share"), "weighting: take pixel, mean or share")
     valid, confidence = ~padding.bool(), confidence.detach()
     loss = F.cross_entropy(logits, label, reduction="none")  # [B, H, W]
@@ -945,18 +942,21 @@ def pick_device(name: str) -> torch.device:
     """For "auto" what torch finds (CUDA, MPS), else the CPU. Joins the other processes, if any."""
     with about(f"--device {name}"):
         found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        device = torch.zeros(1, device=found if name == "auto" else name).device
+        device = torch.device(found if name == "auto" else name)
+        if WORLD > 1 and device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.zeros(1, device=device).cpu()
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]) * (device.type == "cuda"))
     return device
 
 def peak_memory(device: torch.device) -> float:
-    """The most GB that this process has held so far, on its GPU if it has one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource  # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    """The most GB that this process has held so far, on its GPU if it has one; 0 on Windows."""
+    if device.type == "cuda" or sys.platform == "win32":
+        return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
+    import resource
+    unit = 1e9 if sys.platform == "darwin" else 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 def autocast(cfg: Config, device: torch.device) -> torch.autocast:
     """bf16 for matrix products; softmax, norms and losses stay in float32 (torch's own lists)."""
@@ -1004,7 +1004,7 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None) 
     # 1. Device, data, CLIP and the words it reads, three networks, optimiser; resume.
     device, folder = pick_device(cfg.device), folder or open_data(cfg)
     labelled = saved["labelled"] if saved else draw_labelled(folder, cfg.labels, cfg.seed)
-    taken = dict(labelled)  # no other mask is looked at
+    taken = dict(labelled)
     unlabelled = [(image, None) for image, _ in folder.train if image not in taken]
     require(unlabelled or not cfg.unlabelled, "no image is left unlabelled: add --unlabelled off")
     require(cfg.batch % WORLD == 0, f"--batch {cfg.batch} cannot be shared by {WORLD} processes")
@@ -1063,13 +1063,13 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None) 
     for batch in progress(loader, "train", total=cfg.steps, initial=state["step"]):
         # 2. Rates and the guidance weight.
         step, files = state["step"], batch.pop("files")
-        batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}  # still bytes
+        batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(group["base_lr"], step, cfg.steps)
         guidance_weight = cfg.guidance * (1 - step / cfg.steps)
 
         # 3. Teacher and frozen CLIP label the weak views. CutMix changes images and targets alike;
-        # image i's partner is image -1 - i, so that each is loaded and labelled once.
+        # partners are the batch in reverse order, so each image is loaded and labelled once.
         images, targets = {"x": batch["x"]}, {}
         size = math.gcd(cfg.micro_batch, len(batch["x"]))
         chunks = [slice(i, i + size) for i in range(0, len(batch["x"]), size)]
@@ -1252,7 +1252,7 @@ def load_file(file, *needed: str) -> dict:
     with about(file), torch.serialization.safe_globals(numbers):
         content = torch.load(file, map_location="cpu", weights_only=True)
         require(isinstance(content, dict) and {*needed} <= {*content},
-                "no checkpoint of this version of the program, nor of the authors' code")
+                "no checkpoint of this program (nor of the authors': load_authors_checkpoint)")
         return content
 
 def load_checkpoint(file: str, typed: dict) -> tuple[SemiVL, Config, dict]:
@@ -1299,7 +1299,8 @@ def save_sheet(file: Path, folder: Folder, guidance, teacher, cfg: Config, devic
     sheet = Image.new("RGB", (grid.width, top + 20 * math.ceil(len(classes) / columns)), "white")
     sheet.paste(grid, (0, 24))
     write = partial(ImageDraw.Draw(sheet).text, fill="black", font=ImageFont.load_default(14))
-    [write((6 + n * (side + 6), 6), title) for n, title in enumerate(titles)]
+    for n, title in enumerate(titles):
+        write((6 + n * (side + 6), 6), title)
     for n, name in enumerate(classes):
         x, y = 6 + n % columns * 140, top + n // columns * 20
         sheet.paste(colour_mask(torch.full((14, 14), n), classes), (x, y))
@@ -1327,7 +1328,7 @@ def benchmark(cfg: Config) -> None:
     """--benchmark: four steps of `train` itself on noise, with random weights."""
     entries, size = [(f"{i}.png", f"{i}.png") for i in range(2 * cfg.batch)], (cfg.crop, cfg.crop)
     classes = DEFINITIONS.get(cfg.dataset) or open_data(cfg).classes
-    noise = Folder(Path(), classes, IGNORE, entries, entries[:1], [])
+    noise = Folder(Path("noise"), classes, IGNORE, entries, entries[:1], [])
     noise.image = lambda entry: torch.randint(256, (3, *size), dtype=torch.uint8)
     noise.mask = lambda entry: torch.zeros(size, dtype=torch.uint8)
     with tempfile.TemporaryDirectory() as place:
@@ -1336,7 +1337,8 @@ def benchmark(cfg: Config) -> None:
 
 def parse_args(argv) -> tuple[argparse.Namespace, dict]:
     """The command line, and of it the fields of Config that were typed, with their values."""
-    parser = argparse.ArgumentParser("semivl.py", usage="semivl.py [options]", allow_abbrev=False)
+    parser = argparse.ArgumentParser("semivl.py", usage="semivl.py [options]", allow_abbrev=False,
+                                     epilog="[values of voc, or a FOLDER; the toy's: PRESETS]")
     comments = dict(re.findall(r"    (\w+): .*?  # (.*)", Path(__file__).read_text("utf-8")))
     for name, kind in Config.__annotations__.items():
         default, choices = getattr(Config, name), get_args(kind) or None
@@ -1369,7 +1371,7 @@ def main(argv=None) -> int:
             folder, device = open_data(cfg), pick_device(cfg.device)
             require([*folder.classes] == [*classes], f"{folder.path}: other classes")
             check_folder(folder, folder.val + folder.test)
-            out = new_run(cfg) if cfg.out else None
+            out = new_run(cfg) if cfg.out and RANK == 0 else None
             report({"SemiVL": model.to(device)}, folder, cfg, device, out)
         elif args.predict:
             predict(args.predict[0], args.predict[1:], typed)

@@ -41,7 +41,6 @@ from semivl import IGNORE, Config, Targets
 # ----------------------------------------------------------------------------------------------
 # The small test
 
-
 def tiny_model(classes=3, crop=64, decoder="language"):
     """A student around a random tiny CLIP."""
     torch.manual_seed(0)
@@ -49,14 +48,12 @@ def tiny_model(classes=3, crop=64, decoder="language"):
     return semivl.build_model(Config(crop=crop, decoder=decoder), data_prep.empty_clip("toy").visual,
                               text)
 
-
 @pytest.mark.parametrize("decoder", ["language", "vision"])
 @pytest.mark.parametrize("size", [(64, 64), (40, 96), (33, 17), (9, 130)])
 @torch.no_grad()
 def test_small_logits_have_the_size_of_the_image(size, decoder):
     model = tiny_model(classes=4, decoder=decoder).eval()
     assert model(torch.rand(2, 3, *size)).shape == (2, 4, *size)
-
 
 def test_small_two_scenes_are_learned_by_heart():
     model = tiny_model(classes=3)
@@ -72,66 +69,47 @@ def test_small_two_scenes_are_learned_by_heart():
     iou = semivl.iou_per_class(semivl.confusion_matrix(model(images).argmax(1), masks, 3))
     assert iou.mean() > 95
 
-
 # ----------------------------------------------------------------------------------------------
-# Equality with the authors' code. Each array: its first 4 values, 16 values spread evenly over
-# it, the mean, the absolute maximum. Their images are normalised; ours are in [0, 1].
+# Equality with the authors' code. Of each array: its first 4 values, 3 more at a third, two thirds
+# and the end, mean and absolute maximum. Their images are normalised; ours are in [0, 1].
 
 ARRAYS = {
-    "skip_layer0": [0.15992, 3.27752, -0.056616, -1.702557, 0.15992, 0.467877, -1.497985,
-        1.490614, -2.886765, 1.454157, -2.06006, 1.778295, -0.191506, 0.686713, -1.330713,
-        -0.715341, 2.17066, -0.969972, 0.25479, 1.035475, -0.042709, 5.731266],
-    "skip_layer4": [-1.654189, 0.682463, -2.176073, -0.896271, -1.654189, 1.530843, -4.347634,
-        -1.780601, -3.360172, 2.096778, -2.92831, -0.977327, -0.106253, -0.425296, -2.295802,
-        3.127831, 3.445682, -2.107284, -0.646402, -0.303443, 0.091571, 9.197062],
-    "dense_embed": [0.081275, 0.097947, 0.095571, 0.078342, 0.081275, 0.028232, 0.100249,
-        -0.063952, 0.005497, 0.026015, -0.096476, -0.01425, 0.033275, -0.069387, -0.067863,
-        -0.024745, 0.053244, -0.053068, -0.012182, 0.044389, -0.001207, 0.217205],
-    "global_embed": [0.066732, -0.037101, 0.072955, -0.012894, 0.066732, 0.062985, 0.028392,
-        -0.037435, 0.038273, 0.054403, -0.058688, 0.000324, 0.030147, -0.011709, -0.056386,
-        -0.11144, 0.012528, 0.024588, -0.024457, 0.040614, 0.000366, 0.17356],
-    "sim": [0.04126, 0.014675, 0.035255, 0.023586, 0.04126, 0.043756, -0.025417, 0.02244,
-        -0.061694, -0.047915, -0.026058, -0.007713, 0.035588, 0.061302, 0.04007, -0.078713,
-        -0.03793, -0.053377, 0.033665, -0.022069, -0.015729, 0.113589],
-    "aspp_out": [0.81357, 0.873607, 0.605794, 0.725779, 0.81357, -0.037424, 1.065153, 2.411487,
-        0.034223, 1.017388, 2.046119, -0.031813, 1.954044, 2.419207, -0.009924, 0.20218,
-        2.270027, 0.010908, 0.808489, 2.441332, 0.408567, 3.742311],
-    "semantic_out": [5.665031, 5.607229, 5.221578, 5.223725, 5.665031, 5.924078, -0.677004,
-        6.856942, 5.235291, -4.320525, -1.76364, 0.653395, -0.435463, 2.397645, 4.085968,
-        8.879656, -1.087491, -0.856027, 0.810419, 11.334358, 1.499726, 12.951447],
-    "dec_lowres": [0.286775, 0.415613, 0.101565, 0.362099, 0.286775, 1.015524, 0.337099,
-        -0.186425, 1.0006, 0.34767, -0.178846, 0.982571, 0.356307, 0.192351, 0.488941, 0.44261,
-        0.209426, -0.417706, 0.437569, 0.208606, 0.431636, 1.725022],
-    "logits": [0.286775, 0.286775, 0.302879, 0.335089, 0.286775, 0.869999, 0.295526, -0.186425,
-        0.880205, 0.302807, -0.178846, 0.849566, 0.256424, 0.192351, 0.380143, 0.298598,
-        0.209426, 0.31663, 0.29749, 0.208606, 0.431636, 1.542125],
-    "odd skip_layer0": [-3.736178, 0.057633, 1.988632, 1.797632, -3.736178, 1.200531,
-        -0.104853, 1.496668, 1.240249, -1.068947, 3.359379, 0.875451, -0.812522, -0.337124,
-        -1.369062, 1.303784, -3.991397, -1.536647, 0.860699, -0.050145, -0.0582, 5.80963],
-    "odd skip_layer4": [-1.350434, -0.455502, -0.564709, 0.109231, -1.350434, 4.013179,
-        -3.63347, -0.359648, 1.020209, -1.215565, -0.773783, -1.375085, 1.29303, -0.197985,
-        -2.268917, -1.906586, -5.260629, 2.79941, -3.438032, 2.29666, 0.08356, 9.356159],
-    "odd dense_embed": [0.037555, 0.079493, 0.036488, 0.048466, 0.037555, 0.090814, 0.033361,
-        0.011346, 0.070169, -0.041965, -0.029592, -0.048963, 0.01016, 0.03985, 0.024115,
-        -0.035525, -0.103491, -0.005041, -0.028557, 0.029369, -0.000461, 0.193704],
-    "certainty": [0.976819, 0.976819, 0.976819, 0.976819, 0.976819, 0.963199, 0.837806,
-        0.638957, 0.689342, 0.818689, 0.944212, 0.650537, 0.84889, 0.581812, 0.696046, 0.9932,
-        0.763897, 0.897844, 0.72144, 0.895673, 0.761447, 0.99844],
-    "cityscapes skip4": [-1.693422, 0.454151, -2.100168, -0.987981, -1.693422, 1.741158,
-        -4.500303, -1.687726, -3.290023, 1.976764, -2.97368, -1.057912, 0.035762, -0.263389,
-        -2.26737, 2.977394, 3.361702, -2.468182, -0.874962, -0.27655, 0.085328, 8.992495],
-    "cityscapes embed": [0.081042, 0.097754, 0.093204, 0.078673, 0.081042, 0.026623, 0.098807,
-        -0.060205, 0.005449, 0.029585, -0.093857, -0.014842, 0.030355, -0.074688, -0.062177,
-        -0.022469, 0.053919, -0.052972, -0.012568, 0.047792, -0.001189, 0.218271],
-    "cityscapes conv": [0.226451, 0.145112, 0.044765, 0.100693, 0.226451, 0.374879, 0, 0.22077,
-        0.887478, 1.537844, 0.044439, 0, 1.770502, 0, 0, 0.279906, 0.003025, 0.695469,
-        0.381912, 0.263131, 0.53414, 3.460292],
-    "cityscapes logits": [0.29533, 0.29533, 0.290421, 0.280603, 0.29533, 1.001029, 0.538707,
-        0.444519, 0.835652, 0.542196, 0.441757, 0.967453, 0.965631, 0.427115, 0.919696,
-        0.942818, 0.441149, 0.984392, 0.947467, 0.437799, 0.819211, 2.088953],
-    "window average": [0.028309, 0.028309, 0.037568, 0.056085, 0.028309, 0.117839, -0.114586,
-        0.103002, 0.102513, -0.086269, 0.103278, 0.103999, -0.060985, 0.142996, 0.104738,
-        -0.079491, 0.108828, 0.105471, -0.098477, 0.110517, 0.400172, 1.48099],
+    "skip_layer0": [0.15992, 3.27752, -0.056616, -1.702557, 1.454157, -1.330713, 1.035475,
+        -0.042709, 5.731266],
+    "skip_layer4": [-1.654189, 0.682463, -2.176073, -0.896271, 2.096778, -2.295802, -0.303443,
+        0.091571, 9.197062],
+    "dense_embed": [0.081275, 0.097947, 0.095571, 0.078342, 0.026015, -0.067863, 0.044389,
+        -0.001207, 0.217205],
+    "global_embed": [0.066732, -0.037101, 0.072955, -0.012894, 0.054403, -0.056386, 0.040614,
+        0.000366, 0.17356],
+    "sim": [0.04126, 0.014675, 0.035255, 0.023586, -0.047915, 0.04007, -0.022069, -0.015729,
+        0.113589],
+    "aspp_out": [0.81357, 0.873607, 0.605794, 0.725779, 1.017388, -0.009924, 2.441332, 0.408567,
+        3.742311],
+    "semantic_out": [5.665031, 5.607229, 5.221578, 5.223725, -4.320525, 4.085968, 11.334358,
+        1.499726, 12.951447],
+    "dec_lowres": [0.286775, 0.415613, 0.101565, 0.362099, 0.34767, 0.488941, 0.208606, 0.431636,
+        1.725022],
+    "logits": [0.286775, 0.286775, 0.302879, 0.335089, 0.302807, 0.380143, 0.208606, 0.431636,
+        1.542125],
+    "odd skip_layer0": [-3.736178, 0.057633, 1.988632, 1.797632, -1.068947, -1.369062, -0.050145,
+        -0.0582, 5.80963],
+    "odd skip_layer4": [-1.350434, -0.455502, -0.564709, 0.109231, -1.215565, -2.268917, 2.29666,
+        0.08356, 9.356159],
+    "odd dense_embed": [0.037555, 0.079493, 0.036488, 0.048466, -0.041965, 0.024115, 0.029369,
+        -0.000461, 0.193704],
+    "certainty": [0.976819, 0.976819, 0.976819, 0.976819, 0.818689, 0.696046, 0.895673, 0.761447,
+        0.99844],
+    "cityscapes skip4": [-1.693422, 0.454151, -2.100168, -0.987981, 1.976764, -2.26737, -0.27655,
+        0.085328, 8.992495],
+    "cityscapes embed": [0.081042, 0.097754, 0.093204, 0.078673, 0.029585, -0.062177, 0.047792,
+        -0.001189, 0.218271],
+    "cityscapes conv": [0.226451, 0.145112, 0.044765, 0.100693, 1.537844, 0, 0.263131, 0.53414,
+        3.460292],
+    "cityscapes logits": [0.29533, 0.29533, 0.290421, 0.280603, 0.542196, 0.919696, 0.437799,
+        0.819211, 2.088953],
+    "window average": [0.028309, 0.028309, 0.037568, 0.056085, -0.086269, 0.104738, 0.110517,
+        0.400172, 1.48099],
 }
 
 STEP = {  # confidence threshold, factor on the last layer -> losses, gradient norms by group
@@ -159,75 +137,52 @@ STEP = {  # confidence threshold, factor on the last layer -> losses, gradient n
          "text_proj": 0.070770467, "up1": 2.8920327, "up2": 1.6810939}),
 }
 
-
 def authors_shapes(cityscapes: bool) -> dict[str, tuple]:
-    """Names and shapes of an authors' checkpoint: ViT of width 64, full-size decoder."""
+    """Names and shapes of an authors' checkpoint: ViT of width 64, full-size decoder. Below a name
+    stands for its .weight alone, with + also for a .bias, with ~ for a batch norm."""
     D, E, C = 64, 512, 128
-    shapes = {"backbone.cls_token": (1, 1, D), "backbone.pos_embed": (1, 65, D),
-              "backbone.patch_embed.projection.weight": (D, 3, 16, 16),
-              "backbone.proj.weight": (E, D, 1, 1)}
-
-    def layer(name, c_out, *rest, bias=True):
-        shapes[f"{name}.weight"] = (c_out, *rest)
-        if bias:
-            shapes[f"{name}.bias"] = (c_out,)
-
-    def batch_norm(name, c):
-        layer(name, c)
-        shapes.update({f"{name}.running_mean": (c,), f"{name}.running_var": (c,),
-                       f"{name}.num_batches_tracked": ()})
-
-    def transformer(name, D, hidden):
-        for norm in ("ln1", "ln2"):
-            layer(f"{name}.{norm}", D)
-        shapes[f"{name}.attn.attn.in_proj_weight"] = (3 * D, D)
-        shapes[f"{name}.attn.attn.in_proj_bias"] = (3 * D,)
-        layer(f"{name}.attn.attn.out_proj", D, D)
-        layer(f"{name}.ffn.layers.0.0", hidden, D)
-        layer(f"{name}.ffn.layers.1", D, hidden)
-
-    for norm in ("ln0", "ln1"):
-        layer(f"backbone.{norm}", D)
-    for i in range(12):
-        transformer(f"backbone.layers.{i}", D, 4 * D)
-
-    head = "decode_head."
-    layer(head + "conv1", C, 1, 7, 7)
-    for i in range(4):
-        layer(f"{head}aspp.aspp_convs.{i}.0", C, C, *([1, 1] if i == 0 else [3, 3]), bias=False)
-        layer(f"{head}aspp.aspp_convs.{i}.1", C)
-    layer(head + "aspp.aspp_convs.4.gap.1", C, C, 1, 1, bias=False)
-    layer(head + "aspp.aspp_convs.4.gap.2", C)
-    layer(head + "aspp.project.0", C, 5 * C, 1, 1, bias=False)
-    layer(head + "aspp.project.1", C)
-    for i in range(2):
-        transformer(f"{head}layers.{i}.transformer", 2 * C, 4 * C)
-    layer(head + "text_proj.0", C, E)
+    entries = [("backbone.patch_embed.projection", D, 3, 16, 16), ("backbone.proj", E, D, 1, 1),
+               ("backbone.ln0+", D), ("backbone.ln1+", D)]
+    blocks = {f"backbone.layers.{i}": (D, 4 * D) for i in range(12)} | {
+        f"decode_head.layers.{i}.transformer": (2 * C, 4 * C) for i in range(2)}
+    for name, (width, hidden) in blocks.items():
+        entries += [(f"{name}.ln1+", width), (f"{name}.ln2+", width),
+                    (f"{name}.attn.attn.out_proj+", width, width),
+                    (f"{name}.ffn.layers.0.0+", hidden, width), (f"{name}.ffn.layers.1+", width, hidden)]
     skip, dim = (32, 256) if cityscapes else (16, D)
-    layer(head + "skip_proj.0.0", 32, D, 3, 3)
-    layer(head + "skip_proj.1.0", skip, dim, 3, 3)
-    for stage, c_in, c_skip, c_out in (("up1", C, 32, 64), ("up2", 64, skip, 32)):
-        shapes[f"{head}{stage}.up.weight"] = (c_in, c_in - c_skip, 2, 2)
-        shapes[f"{head}{stage}.up.bias"] = (c_in - c_skip,)
-        layer(f"{head}{stage}.conv.0", c_out, c_in, 3, 3, bias=False)
-        layer(f"{head}{stage}.conv.1", c_out)
-        layer(f"{head}{stage}.conv.3", c_out, c_out, 3, 3, bias=False)
-        layer(f"{head}{stage}.conv.4", c_out)
-    layer(head + "head", 1, 32, 3, 3)
-
+    head = [("conv1+", C, 1, 7, 7), ("aspp.aspp_convs.4.gap.1", C, C, 1, 1), ("text_proj.0+", C, E),
+            ("aspp.aspp_convs.4.gap.2+", C), ("aspp.project.0", C, 5 * C, 1, 1),
+            ("aspp.project.1+", C), ("head+", 1, 32, 3, 3), ("skip_proj.0.0+", 32, D, 3, 3),
+            ("skip_proj.1.0+", skip, dim, 3, 3)]
+    for i, k in enumerate((1, 3, 3, 3)):
+        head += [(f"aspp.aspp_convs.{i}.0", C, C, k, k), (f"aspp.aspp_convs.{i}.1+", C)]
+    for up, c_in, c_skip, c_out in (("up1", C, 32, 64), ("up2", 64, skip, 32)):
+        head += [(f"{up}.conv.0", c_out, c_in, 3, 3), (f"{up}.conv.1+", c_out),
+                 (f"{up}.conv.3", c_out, c_out, 3, 3), (f"{up}.conv.4+", c_out)]
+    entries += [(f"decode_head.{name}", *shape) for name, *shape in head]
     if cityscapes:
-        for i, (c_in, c_out) in enumerate(((3, 32), (32, 32), (32, 64))):
-            layer(f"conv_encoder.stem.{3 * i}", c_out, c_in, 3, 3, bias=False)
-            batch_norm(f"conv_encoder.stem.{3 * i + 1}", c_out)
-        for i in range(3):
-            block = f"conv_encoder.layer1.{i}."
-            for j, shape in enumerate(((64, 256 if i else 64, 1), (64, 64, 3), (256, 64, 1)), 1):
-                layer(f"{block}conv{j}", shape[0], shape[1], shape[2], shape[2], bias=False)
-                batch_norm(f"{block}bn{j}", shape[0])
-        layer("conv_encoder.layer1.0.downsample.0", 256, 64, 1, 1, bias=False)
-        batch_norm("conv_encoder.layer1.0.downsample.1", 256)
+        net = [(f"stem.{3 * i}", c_out, c_in, 3, 3) for i, (c_in, c_out) in enumerate(
+            ((3, 32), (32, 32), (32, 64)))] + [(f"stem.{3 * i + 1}~", (32, 32, 64)[i]) for i in range(3)]
+        for i, j in ((i, j) for i in range(3) for j in range(3)):
+            c_out, c_in, k = ((64, 256 if i else 64, 1), (64, 64, 3), (256, 64, 1))[j]
+            net += [(f"layer1.{i}.conv{j + 1}", c_out, c_in, k, k), (f"layer1.{i}.bn{j + 1}~", c_out)]
+        net += [("layer1.0.downsample.0", 256, 64, 1, 1), ("layer1.0.downsample.1~", 256)]
+        entries += [(f"conv_encoder.{name}", *shape) for name, *shape in net]
+    shapes = {"backbone.cls_token": (1, 1, D), "backbone.pos_embed": (1, 65, D)}
+    for up, c_in, c_up in (("up1", C, C - 32), ("up2", 64, 64 - skip)):
+        shapes |= {f"decode_head.{up}.up.weight": (c_in, c_up, 2, 2), f"decode_head.{up}.up.bias": (c_up,)}
+    for name, (width, _) in blocks.items():
+        shapes |= {f"{name}.attn.attn.in_proj_weight": (3 * width, width),
+                   f"{name}.attn.attn.in_proj_bias": (3 * width,)}
+    for name, *shape in entries:
+        base = name.rstrip("+~")
+        shapes[f"{base}.weight"] = tuple(shape)
+        if name != base:
+            shapes[f"{base}.bias"] = (shape[0],)
+        if name.endswith("~"):
+            shapes |= {f"{base}.running_mean": (shape[0],), f"{base}.running_var": (shape[0],),
+                       f"{base}.num_batches_tracked": ()}
     return shapes
-
 
 def authors_state(cityscapes=False) -> dict[str, torch.Tensor]:
     """The weights: normal values seeded by the tensor's name, scaled by its kind."""
@@ -248,23 +203,18 @@ def authors_state(cityscapes=False) -> dict[str, torch.Tensor]:
         state[name] = value
     return state
 
-
 def random_normal(seed: int, shape) -> torch.Tensor:
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
-
 
 def unit_rows(name: bytes, rows: int) -> torch.Tensor:
     return F.normalize(random_normal(zlib.crc32(name), (rows, 512)), dim=1)
 
-
 SIZES = [3, 2, 1, 1, 2]  # nine concepts of five classes
-
 
 def pixels(seed: int, shape) -> torch.Tensor:
     """The authors' normalised random images, as they were before normalising."""
     mean, std = (torch.tensor(t).view(3, 1, 1) for t in (semivl.IMAGENET_MEAN, semivl.IMAGENET_STD))
     return random_normal(seed, shape) * std + mean
-
 
 def authors_model(cityscapes=False, factor=1):
     state = authors_state(cityscapes)
@@ -272,18 +222,15 @@ def authors_model(cityscapes=False, factor=1):
         state[name] = state[name] * factor
     return semivl.load_authors_checkpoint(state, unit_rows(b"text", 5), heads=2)
 
-
 @pytest.fixture(scope="module")
 def authors():
     return authors_model()
 
-
 def assert_golden(name: str, array: torch.Tensor, atol: float = 1e-5):
     flat = array.detach().flatten().double()
-    spread = torch.from_numpy(np.linspace(0, len(flat) - 1, 16).astype(int))
+    spread = torch.from_numpy(np.linspace(0, len(flat) - 1, 16).astype(int))[[5, 10, 15]]
     values = torch.cat([flat[:4], flat[spread], flat.mean()[None], flat.abs().max()[None]])
     np.testing.assert_allclose(values, ARRAYS[name], rtol=0, atol=atol, err_msg=name)
-
 
 @torch.no_grad()
 def test_every_stage_of_the_forward_pass_equals_the_authors(authors):
@@ -303,7 +250,6 @@ def test_every_stage_of_the_forward_pass_equals_the_authors(authors):
     assert_golden("dec_lowres", decoder(dense, (skip0, skip4), authors.text))
     assert_golden("logits", authors(images))
 
-
 @torch.no_grad()
 def test_features_of_an_image_of_odd_size_equal_the_authors(authors):
     dense, (skip0, skip4) = authors.clip(pixels(7, (1, 3, 65, 55)))
@@ -311,7 +257,6 @@ def test_features_of_an_image_of_odd_size_equal_the_authors(authors):
     assert_golden("odd skip_layer0", skip0)
     assert_golden("odd skip_layer4", skip4)
     assert_golden("odd dense_embed", dense)
-
 
 @torch.no_grad()
 def test_cityscapes_variant_with_its_convolutional_skip_equals_the_authors():
@@ -321,7 +266,6 @@ def test_cityscapes_variant_with_its_convolutional_skip_equals_the_authors():
     assert_golden("cityscapes embed", dense)
     assert_golden("cityscapes conv", model.conv(images)[-1])
     assert_golden("cityscapes logits", model(images))
-
 
 @pytest.mark.parametrize("conf, counts, grid", [
     (0.9, {3: 3991, 4: 5081, 255: 23696}, [3, 3, 255, 255, 3, 255, 255, 4]),
@@ -334,7 +278,6 @@ def test_guidance_labels_equal_the_authors(authors, conf, counts, grid):
     assert dict(zip(*(t.tolist() for t in labels.unique(return_counts=True)))) == counts
     assert labels[0, 0, ::16].tolist() == grid
     assert_golden("certainty", guidance(images).softmax(1).max(1)[0])
-
 
 @pytest.mark.parametrize("variant", STEP)
 def test_losses_and_gradients_of_a_step_equal_the_authors(variant, monkeypatch):
@@ -376,7 +319,6 @@ def test_losses_and_gradients_of_a_step_equal_the_authors(variant, monkeypatch):
                      if name.startswith(prefix) and p.grad is not None)
         assert math.sqrt(square) == pytest.approx(norm, rel=1e-4), group
 
-
 @torch.no_grad()
 def test_window_average_equals_the_authors(authors):
     logits = semivl.sliding_window(authors, pixels(21, (1, 3, 150, 300)), 128, 106)
@@ -395,7 +337,6 @@ def test_window_average_equals_the_authors(authors):
         assert (matrix.sum(0) + matrix.sum(1) - matrix.diag()).tolist() == unions
         assert semivl.iou_per_class(matrix).mean().item() == pytest.approx(mean, abs=1e-9)
 
-
 @torch.no_grad()
 def test_window_probabilities_equal_the_authors_with_one_resize(authors):
     scores = semivl.sliding_window(authors, pixels(21, (1, 3, 150, 310)), 128, 85, "probabilities")
@@ -403,12 +344,10 @@ def test_window_probabilities_equal_the_authors_with_one_resize(authors):
     # Near-ties may fall either way on another processor: three pixels a class.
     assert (counts - torch.tensor([15903, 4131, 20706, 3233, 2527])).abs().max() <= 3
 
-
 def test_learning_rate_equals_the_authors():
     rates = [semivl.learning_rate(0.001, step, 100) for step in (0, 1, 2, 50, 99)]
     expected = [0.001, 0.001, 0.001 * 0.99**0.9, 0.001 * 0.51**0.9, 0.001 * 0.02**0.9]
     assert rates == pytest.approx(expected, rel=1e-12)
-
 
 @torch.no_grad()
 def test_bf16_logits_equal_the_authors_but_for_two_percent_of_their_range(authors):
@@ -419,10 +358,8 @@ def test_bf16_logits_equal_the_authors_but_for_two_percent_of_their_range(author
     assert logits.dtype == torch.float32 and not torch.equal(logits, exact)
     assert (logits - exact).abs().max() < 0.02 * (exact.max() - exact.min())
 
-
 # ----------------------------------------------------------------------------------------------
 # CLIP and language
-
 
 @pytest.mark.parametrize("pool", ["tok", "avg"])
 @torch.no_grad()
@@ -438,27 +375,6 @@ def test_with_attention_kept_the_dense_path_is_open_clips_image_embedding(pool):
     ours = F.normalize(tokens[:, 1:].mean(1) if pool == "avg" else tokens[:, 0], dim=1)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
-
-def test_the_authors_clip_differs_and_is_switched_by_one_argument():
-    def dense(authors):
-        torch.manual_seed(0)
-        clip = open_clip.CLIP(64, dict(image_size=64, patch_size=16, width=64, layers=3),
-                              dict(width=32, heads=2, layers=1), quick_gelu=True)
-        return semivl.DenseCLIP(clip.visual, authors=authors)(torch.ones(1, 3, 64, 64))[0]
-
-    assert (dense(True) - dense(False)).abs().max() > 1e-5
-
-
-@pytest.mark.parametrize("patch, layers, blocks", [(32, 12, (0, 4)), (14, 24, (0, 8))])
-@torch.no_grad()
-def test_any_plain_vit_fits(patch, layers, blocks):
-    clip = open_clip.CLIP(64, dict(image_size=224, patch_size=patch, width=64, layers=layers),
-                          dict(width=32, heads=2, layers=1, context_length=16))
-    model = semivl.build_model(Config(crop=128), clip.visual, torch.randn(3, 64))
-    assert model.clip.skip_blocks == blocks
-    assert model(torch.rand(1, 3, 128, 128)).shape == (1, 3, 128, 128)
-
-
 def test_spatial_fine_tuning_trains_attention_and_position_only(authors):
     trained = {n.split(".")[-2] for n, p in authors.clip.named_parameters() if p.requires_grad}
     assert trained == {"attn", "out_proj", "visual"}
@@ -466,7 +382,6 @@ def test_spatial_fine_tuning_trains_attention_and_position_only(authors):
     clip = tiny_model().clip
     assert all(p.requires_grad for p in semivl.spatial_fine_tuning(clip, "all").parameters())
     assert not any(p.requires_grad for p in semivl.spatial_fine_tuning(clip, "none").parameters())
-
 
 def test_what_would_be_computed_wrongly_is_refused():
     visual = data_prep.empty_clip("toy").visual
@@ -480,7 +395,6 @@ def test_what_would_be_computed_wrongly_is_refused():
         with pytest.raises(ValueError):
             wrong()
 
-
 def test_definitions_average_for_the_decoder_and_stand_apart_for_guidance():
     clip = data_prep.empty_clip("toy")
     classes = {"ground": ["grass", "sand"], "car": ["car"]}
@@ -493,7 +407,6 @@ def test_definitions_average_for_the_decoder_and_stand_apart_for_guidance():
     torch.testing.assert_close(concepts, names)
     torch.testing.assert_close(text, names)
 
-
 def test_the_published_definitions_are_complete():
     counts = {name: (len(c), sum(map(len, c.values()))) for name, c in semivl.DEFINITIONS.items()}
     assert counts == {"voc": (21, 98), "cityscapes": (19, 54)}
@@ -503,20 +416,8 @@ def test_the_published_definitions_are_complete():
     assert semivl.DEFINITIONS["cityscapes"]["wall"] == [
         "individual standing wall, which is not part of a building"]
 
-
 # ----------------------------------------------------------------------------------------------
 # The networks
-
-
-@torch.no_grad()
-def test_permuting_the_classes_permutes_the_logits():
-    model, images = tiny_model(classes=5).eval(), torch.rand(1, 3, 64, 64)
-    logits, order = model(images), torch.tensor([3, 0, 4, 2, 1])
-    model.text = model.text[order]
-    torch.testing.assert_close(model(images), logits[:, order], rtol=0, atol=1e-5)
-    model.text = torch.randn(9, 64)  # the same weights serve another number of classes
-    assert model(images).shape == (1, 9, 64, 64)
-
 
 @torch.no_grad()
 def test_perturbation_touches_only_the_last_images():
@@ -524,15 +425,6 @@ def test_perturbation_touches_only_the_last_images():
     clean, perturbed = model(images), model(images, num_perturbed=1)
     torch.testing.assert_close(clean[:2], perturbed[:2], rtol=0, atol=1e-5)
     assert (clean[2] - perturbed[2]).abs().max() > 1e-3
-
-
-def test_twins_share_frozen_tensors_and_own_trained_ones():
-    student = tiny_model()
-    teacher = semivl.EMATeacher(student).model
-    for mine, theirs in zip(teacher.parameters(), student.parameters()):
-        assert (mine is theirs) == (not theirs.requires_grad)
-        assert not mine.requires_grad or not theirs.requires_grad
-
 
 def test_the_teacher_follows_the_formula():
     student = tiny_model()
@@ -545,7 +437,6 @@ def test_the_teacher_follows_the_formula():
         expected = decay * expected + (1 - decay) * weight.detach()
         teacher.update(student, step)
     torch.testing.assert_close(dict(teacher.model.named_parameters())[name].data, expected)
-
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_groups_of_classes_change_nothing(monkeypatch, recompute):
@@ -562,10 +453,8 @@ def test_groups_of_classes_change_nothing(monkeypatch, recompute):
     for one, other in zip(*results):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
-
 # ----------------------------------------------------------------------------------------------
 # Losses and CutMix
-
 
 def random_targets(B=2, N=3, side=8, seed=0):
     random = torch.Generator().manual_seed(seed)
@@ -576,7 +465,6 @@ def random_targets(B=2, N=3, side=8, seed=0):
     guidance = torch.randint(N, (B, side, side), generator=random).masked_fill(padding, IGNORE)
     logits = torch.randn(B, N, side, side, generator=random)
     return logits, Targets(label, confidence, padding, guidance)
-
 
 @pytest.mark.parametrize("weighting", ["pixel", "mean", "share"])
 def test_consistency_loss_is_the_written_formula(weighting):
@@ -593,7 +481,6 @@ def test_consistency_loss_is_the_written_formula(weighting):
     loss = semivl.consistency_loss(logits, *t[:3], conf_thresh=0.6, weighting=weighting)
     assert loss.item() == pytest.approx(total / int((~t.padding).sum()), rel=1e-5)
 
-
 def test_padding_and_ignored_pixels_have_no_influence():
     logits, t = random_targets()
     y = t.label.masked_fill(t.padding, IGNORE)
@@ -606,23 +493,6 @@ def test_padding_and_ignored_pixels_have_no_influence():
     ):
         torch.testing.assert_close(loss(changed), loss(logits), rtol=0, atol=0)
 
-
-def test_losses_without_any_valid_pixel_are_zero():
-    logits, t = random_targets()
-    t = t._replace(padding=t.padding | True, clip_label=torch.full_like(t.clip_label, IGNORE))
-    assert semivl.supervised_loss(logits, torch.full_like(t.label, IGNORE)) == 0
-    assert semivl.guidance_loss(logits, t.clip_label) == 0
-    for weighting in ("pixel", "mean", "share"):
-        assert semivl.consistency_loss(logits, *t[:3], 0.5, weighting) == 0
-
-
-def test_the_confidence_threshold_itself_is_kept():
-    logits, t = random_targets()
-    t = t._replace(confidence=torch.full_like(t.confidence, 0.5))
-    assert semivl.consistency_loss(logits, *t[:3], conf_thresh=0.5) > 0
-    assert semivl.consistency_loss(logits, *t[:3], conf_thresh=0.500001) == 0
-
-
 def test_strong_views_share_half_of_the_weight_however_many_they_are():
     logits, t = random_targets()
     views = ("s1", "s2", "s3", "fp")
@@ -631,7 +501,6 @@ def test_strong_views_share_half_of_the_weight_however_many_they_are():
     L, G = losses["s3"], losses["guidance_s3"]  # all views are the same here
     assert losses["total"] == pytest.approx(float((losses["x"] + L) / 2 + 0.3 * G))
     assert semivl.semivl_loss({"x": logits}, t.label, {}, 0.3)["total"] == losses["x"]
-
 
 def test_cutmix_moves_image_and_all_targets_together():
     value = torch.arange(128).reshape(2, 8, 8)
@@ -646,10 +515,8 @@ def test_cutmix_moves_image_and_all_targets_together():
     assert torch.equal(t.label, expected) and torch.equal(t.confidence, expected.float())
     assert torch.equal(t.padding, expected % 2 == 0) and torch.equal(t.clip_label, expected + 1)
 
-
 # ----------------------------------------------------------------------------------------------
 # Data and augmentation
-
 
 def make_folder(path: Path, scenes=6) -> Path:
     """A small folder of images by the toy world's painter."""
@@ -667,11 +534,9 @@ def make_folder(path: Path, scenes=6) -> Path:
     (path / "splits/val.txt").write_text("\n".join(lines[-2:]))
     return path
 
-
 @pytest.fixture
 def folder(tmp_path):
     return make_folder(tmp_path / "images")
-
 
 def test_palette_masks_are_read_as_class_numbers_and_ignore_index_as_ignore(folder):
     file = folder / "masks/0.png"
@@ -679,7 +544,6 @@ def test_palette_masks_are_read_as_class_numbers_and_ignore_index_as_ignore(fold
     assert Image.open(file).mode == "P" and raw.max() > 0
     assert np.array_equal(semivl.read_mask(file, 6), raw)
     assert np.array_equal(semivl.read_mask(file, 6, ignore=0) == IGNORE, raw == 0)
-
 
 def test_photographs_are_turned_upright(tmp_path):
     pixels = np.zeros((20, 30, 3), np.uint8)
@@ -690,7 +554,6 @@ def test_photographs_are_turned_upright(tmp_path):
         Image.fromarray(np.rot90(pixels, turn)).save(tmp_path / "a.png", exif=exif)
         assert np.array_equal(semivl.read_image(tmp_path / "a.png").permute(1, 2, 0), pixels)
 
-
 def test_labelled_images_are_drawn_by_the_seed_or_taken_from_the_list(folder):
     data = semivl.open_data(Config(dataset=str(folder)))
     assert semivl.draw_labelled(data, 2, 0) == semivl.draw_labelled(data, 2, 0)
@@ -700,7 +563,6 @@ def test_labelled_images_are_drawn_by_the_seed_or_taken_from_the_list(folder):
         "images/1.png masks/1.png\nimages/3.png masks/3.png\n")
     assert [image for image, _ in semivl.draw_labelled(data, 2, 5)] == ["images/1.png",
                                                                         "images/3.png"]
-
 
 def test_every_item_is_a_function_of_seed_and_position(folder):
     cfg = Config(dataset=str(folder), crop=32, fit=False)
@@ -715,7 +577,6 @@ def test_every_item_is_a_function_of_seed_and_position(folder):
     once = [items.pick(items.unlabelled, i) for i in range(len(items.unlabelled))]
     assert sorted(once) == sorted(items.unlabelled)  # an epoch sees every image once
 
-
 @pytest.mark.parametrize("size, r, expected", [
     ((375, 500), 0.5, (256, 341)), ((375, 500), 1.0, (512, 683)), ((375, 500), 2.0, (1024, 1365)),
     ((100, 500), 1.0, (410, 2048)), ((375, 500), 1.001, (512, 683)),
@@ -723,7 +584,6 @@ def test_every_item_is_a_function_of_seed_and_position(folder):
 def test_random_scale_fits_the_image_as_published(size, r, expected):
     cfg = Config(scale_min=r, scale_max=r)
     assert tuple(semivl.random_size(*size, cfg)) == expected
-
 
 def test_masks_are_resized_to_the_nearest_of_cv2_with_fit_and_of_pil_without():
     image, mask = torch.zeros(3, 4, 10, dtype=torch.uint8), torch.arange(40).byte().view(4, 10)
@@ -736,7 +596,6 @@ def test_masks_are_resized_to_the_nearest_of_cv2_with_fit_and_of_pil_without():
     assert rows[False] == np.array(Image.fromarray(mask.numpy()).resize(
         (7, 4), Image.Resampling.NEAREST))[0].tolist() != rows[True]
 
-
 def test_scale_crop_flip_keeps_image_and_mask_aligned_and_marks_padding():
     torch.manual_seed(0)
     mask = torch.zeros(40, 60, dtype=torch.uint8)
@@ -748,7 +607,6 @@ def test_scale_crop_flip_keeps_image_and_mask_aligned_and_marks_padding():
         assert (x[0][y == IGNORE] == 0).all()
         aligned = ((x[0] > 155) == (y == 1))[y != IGNORE]
         assert aligned.float().mean() > 0.95  # edges are blurred, labels are not
-
 
 def test_strong_views_have_the_published_distribution():
     torch.manual_seed(0)
@@ -771,7 +629,6 @@ def test_strong_views_have_the_published_distribution():
     assert 0.38 < (middle < 0.98).double().mean() < 0.48
     assert 0.55 < middle.min() < 0.65  # sigma up to 2
 
-
 def test_cutmix_boxes_have_the_published_distribution():
     torch.manual_seed(0)
     boxes = torch.stack([semivl.cutmix_box(100) for _ in range(4000)]).double()
@@ -781,16 +638,13 @@ def test_cutmix_boxes_have_the_published_distribution():
     assert drawn.mean().item() == pytest.approx(0.21, abs=0.01)
     assert 0.015 < drawn.min() and drawn.max() <= 0.4 and boxes.max() <= 100
 
-
 # ----------------------------------------------------------------------------------------------
 # Evaluation
-
 
 def test_miou_is_over_the_classes_that_occur():
     prediction, truth = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, IGNORE])
     iou = semivl.iou_per_class(semivl.confusion_matrix(prediction, truth, 4))
     assert iou[:2].tolist() == [50, 50] and iou[2:].isnan().all() and iou.nanmean() == 50
-
 
 @pytest.mark.parametrize("size, window, stride, mode, starts", [
     (150, 128, 106, "logits", [0, 22]), (300, 128, 106, "logits", [0, 106, 172]),
@@ -800,35 +654,18 @@ def test_miou_is_over_the_classes_that_occur():
 def test_windows_start_where_published(size, window, stride, mode, starts):
     assert semivl.window_starts(size, window, stride, mode) == starts
 
-
-def test_evaluation_fits_the_short_side_to_the_window():
-    seen = []
-
-    def model(images):
-        seen.append(tuple(images.shape[2:]))
-        return torch.zeros(len(images), 2, *images.shape[2:])
-
-    image, cfg = torch.zeros(3, 50, 250, dtype=torch.uint8), Config(crop=64, stride=48)
-    scores = semivl.segment(model, image, cfg, torch.device("cpu"))
-    assert scores.shape == (2, 50, 250)
-    assert set(seen) == {(64, 64)} and len(seen) == 1 + math.ceil((320 - 64) / 48)
-
-
 # ----------------------------------------------------------------------------------------------
 # Runs
 
 TINY = ("--clip toy --clip-weights none --crop 32 --fit off --stride 32 --batch 2 --micro-batch 2 "
         "--workers 0 --conf 0.1 --guidance-conf 0.1 --lr 1e-3 --vit-lr 1e-3 --device cpu").split()
 
-
 def run(folder, out, *options, labels=2):
     return semivl.main(["--dataset", str(folder), "--labels", str(labels), *TINY, "--steps", "4",
                         "--evals", "1", "--out", str(out), *map(str, options)])
 
-
 def logged(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
 
 def weights(out: Path) -> dict:
     content = semivl.load_file(out / "last.pt")
@@ -837,13 +674,11 @@ def weights(out: Path) -> dict:
                for name, t in content[kind].items()},
             **{f"moment {i} {k}": t for i in moments for k, t in moments[i].items()}}
 
-
 def assert_same(a: Path, b: Path):
     mine, theirs = weights(a), weights(b)
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
         assert torch.equal(tensor, theirs[name]), name
-
 
 def test_a_run_moves_what_trains_and_nothing_else(folder, tmp_path):
     assert run(folder, tmp_path / "run") == 0
@@ -860,7 +695,6 @@ def test_a_run_moves_what_trains_and_nothing_else(folder, tmp_path):
     names = {"semivl.py", "labeled.txt", "log.jsonl", "last.pt", "best.pt", "sheet.png", "result.json"}
     assert names == {file.name for file in (tmp_path / "run").iterdir()}
 
-
 def test_a_third_strong_view_is_one_more_key(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(semivl.STRONG_VIEWS, "s3", lambda w: 255 - w)
     assert run(folder, tmp_path / "run", "--steps", 2) == 0
@@ -871,7 +705,6 @@ def test_a_third_strong_view_is_one_more_key(folder, tmp_path, monkeypatch):
         weight = 0.1 * (1 - (line["step"] - 1) / 2)
         assert line["total"] == pytest.approx((line["x"] + L) / 2 + weight * G, rel=1e-5)
 
-
 def test_micro_batches_accumulate_to_the_whole_batch(folder, tmp_path, monkeypatch):
     # Dropout would draw other numbers. Without padding every image has as many valid pixels.
     monkeypatch.setattr(F, "dropout2d", lambda f, p: f)
@@ -881,11 +714,9 @@ def test_micro_batches_accumulate_to_the_whole_batch(folder, tmp_path, monkeypat
     one, other = (logged(tmp_path / str(size))[0] for size in (2, 1))
     assert one["total"] == pytest.approx(other["total"], rel=1e-5)
 
-
 def test_without_unlabelled_images_a_run_is_supervised(folder, tmp_path):
     assert run(folder, tmp_path / "run", "--unlabelled", "off", "--decoder", "vision") == 0
     assert all(line["total"] == line["x"] for line in logged(tmp_path / "run"))
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
@@ -894,9 +725,7 @@ def whole(tmp_path_factory):
     assert run(make_folder(path / "images"), path / "run", *LONG) == 0
     return path / "run"
 
-
 LONG = "--steps 12 --evals 3 --save-every 3".split()
-
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_killed_run_goes_on_to_the_same_weights(workers, whole, tmp_path):
@@ -912,7 +741,6 @@ def test_a_killed_run_goes_on_to_the_same_weights(workers, whole, tmp_path):
     assert semivl.load_file(killed / "last.pt")["step"] in (3, 4, 6, 8)
     assert semivl.main(["--resume", str(killed)]) == 0
     assert_same(killed, whole)
-
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_after_saving(number, whole, tmp_path, monkeypatch, capsys):
@@ -934,13 +762,11 @@ def test_a_signal_ends_a_run_after_saving(number, whole, tmp_path, monkeypatch, 
     assert semivl.main(["--resume", str(stopped)]) == 0
     assert_same(stopped, whole)
 
-
 def test_a_loss_that_is_not_finite_stops_before_anything_is_written(folder, tmp_path, capsys):
     assert run(folder, tmp_path / "run", "--lr", "1e30", "--steps", 50) == 2
     assert "Lower --lr, or look at these files: images/" in capsys.readouterr().err
     assert all(t.isfinite().all() for t in weights(tmp_path / "run").values()) if (
         tmp_path / "run/last.pt").exists() else not (tmp_path / "run/best.pt").exists()
-
 
 def test_a_full_disk_loses_nothing_that_was_saved(whole, tmp_path, capsys):
     resource = pytest.importorskip("resource")
@@ -958,13 +784,11 @@ def test_a_full_disk_loses_nothing_that_was_saved(whole, tmp_path, capsys):
     assert "make room" in capsys.readouterr().err.splitlines()[-1]
     assert file.read_bytes() == saved
 
-
 def torchrun(processes: int, *options, start=subprocess.run):
     return start([sys.executable, "-m", "torch.distributed.run", "--standalone",
                   f"--nproc-per-node={processes}", semivl.__file__, *map(str, options)],
                  env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
                  stderr=subprocess.PIPE)
-
 
 def test_two_processes_end_with_weights_that_one_evaluates_to_the_same_miou(folder, tmp_path):
     (folder / "splits/val.txt").open("a").write("\nimages/3.png masks/3.png")  # shared unevenly
@@ -990,7 +814,6 @@ def test_two_processes_end_with_weights_that_one_evaluates_to_the_same_miou(fold
             for r in ("two", "e")]
     assert both[0] == pytest.approx(both[1], abs=1e-4)
 
-
 def test_processes_that_are_told_to_stop_stop_together_and_save(folder, tmp_path):
     out = tmp_path / "run"
     running = torchrun(2, "--dataset", folder, "--labels", 2, *TINY, "--steps", 5000, "--out", out,
@@ -1001,7 +824,6 @@ def test_processes_that_are_told_to_stop_stop_together_and_save(folder, tmp_path
     running.send_signal(signal.SIGTERM)
     running.communicate()
     assert semivl.load_file(out / "last.pt")["step"] == logged(out)[-1]["step"] >= 3
-
 
 def test_semivl_alone_in_an_empty_folder_trains_resumes_evaluates_and_predicts(tmp_path):
     alone = tmp_path / "alone"
@@ -1023,11 +845,9 @@ def test_semivl_alone_in_an_empty_folder_trains_resumes_evaluates_and_predicts(t
     done = subprocess.run([sys.executable, "semivl.py"], cwd=alone, text=True, capture_output=True)
     assert done.returncode == 2 and done.stderr == "semivl.py: No module named 'data_prep'\n"
 
-
 def test_the_benchmark_measures_training_steps(capsys):
     assert semivl.main(["--benchmark", "--dataset", "voc", *TINY]) == 0
     assert "s a step" in capsys.readouterr().out
-
 
 def test_predictions_are_not_overwritten_and_have_the_size_of_the_image(whole, tmp_path, capsys):
     checkpoint, image = str(whole / "last.pt"), tmp_path / "a.jpg"
@@ -1038,15 +858,12 @@ def test_predictions_are_not_overwritten_and_have_the_size_of_the_image(whole, t
     assert mask.mode == "P" and mask.size == (70, 33) and np.array(mask).max() < 6
     assert semivl.main(command) == 2 and "exists" in capsys.readouterr().err
 
-
 # ----------------------------------------------------------------------------------------------
 # Mistakes end in one line, and nothing is left behind
-
 
 class Malicious:
     def __reduce__(self):
         return print, ("this must never run",)
-
 
 MISTAKES = {  # what is done to a folder -> (file, content or picture; or options), words of the line
     "a mask of another size": ("masks/4.png", Image.new("L", (9, 9)), "64 x 64"),
@@ -1091,7 +908,6 @@ MISTAKES = {  # what is done to a folder -> (file, content or picture; or option
     "an output folder that is taken": "--out splits | splits",
 }
 
-
 @pytest.mark.parametrize("what", MISTAKES)
 def test_a_mistake_ends_with_one_line_and_exit_code_2(what, folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
@@ -1115,7 +931,6 @@ def test_a_mistake_ends_with_one_line_and_exit_code_2(what, folder, capsys, monk
     assert words in said.err and "must never run" not in said.out
     assert sorted(Path().rglob("*")) == before
 
-
 def test_twenty_problems_of_a_folder_are_listed_at_once(folder, tmp_path, capsys):
     lines = [f"images/{i}.png masks/{i}.png" for i in range(100, 130)]
     (folder / "splits/val.txt").write_text("\n".join(lines))
@@ -1123,13 +938,11 @@ def test_twenty_problems_of_a_folder_are_listed_at_once(folder, tmp_path, capsys
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 21 and said[-1] == "... and 10 more" and "images/100.png" in said[0]
 
-
 def test_an_error_in_a_loader_process_ends_the_run_with_its_own_message(folder, tmp_path, monkeypatch,
                                                                         capsys):
     monkeypatch.setattr(semivl, "check_folder", lambda *_: (folder / "images/0.png").unlink())
     assert run(folder, tmp_path / "run", "--workers", 1) == 2
     assert capsys.readouterr().err.endswith(f"{folder}/images/0.png: no such file or directory\n")
-
 
 def test_help_shows_every_setting_and_a_wrong_option_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
@@ -1142,10 +955,8 @@ def test_help_shows_every_setting_and_a_wrong_option_is_refused(capsys):
         semivl.main(["--learning-rate", "1"])
     assert stop.value.code == 2
 
-
 # ----------------------------------------------------------------------------------------------
 # The file itself
-
 
 def cut_out(name: str) -> dict:
     """A fresh namespace that holds `name`, the definitions that it names, and the imports."""
@@ -1168,7 +979,6 @@ def cut_out(name: str) -> dict:
     exec("\n".join(parts), namespace)
     return namespace
 
-
 def test_each_piece_works_when_it_is_cut_out():
     images, text = torch.rand(2, 3, 32, 48), random_normal(2, (5, 64))
     dense_clip = cut_out("DenseCLIP")["DenseCLIP"](data_prep.empty_clip("toy").visual)
@@ -1189,11 +999,9 @@ def test_each_piece_works_when_it_is_cut_out():
     scores = cut_out("sliding_window")["sliding_window"](lambda part: part, images, 20, 10)
     torch.testing.assert_close(scores, images)
 
-
 def test_the_examples_in_the_docstrings_give_what_they_say():
     result = doctest.testmod(semivl)
     assert result.attempted >= 7 and result.failed == 0
-
 
 def test_the_three_files_keep_to_their_rooms():
     here = Path(semivl.__file__).parent
@@ -1202,10 +1010,8 @@ def test_the_three_files_keep_to_their_rooms():
     assert "semivl" not in {a.name for node in ast.walk(ast.parse((here / "data_prep.py").read_text()))
                             if isinstance(node, ast.Import) for a in node.names}
 
-
 # ----------------------------------------------------------------------------------------------
 # Data folders: the published sets from small archives of the true layout, served on this machine
-
 
 class Host(http.server.BaseHTTPRequestHandler):
     """Serves `server.files`; breaks off in the middle of a file `server.cuts[path]` times."""
@@ -1224,7 +1030,6 @@ class Host(http.server.BaseHTTPRequestHandler):
         host.cuts[path] = host.cuts.get(path, 0) - 1
         self.wfile.write(content[start:len(content) // 2 if host.cuts[path] >= 0 else None])
 
-
 @pytest.fixture
 def host():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host) as server:
@@ -1233,7 +1038,6 @@ def host():
         server.url = f"http://127.0.0.1:{server.server_port}"
         yield server
         server.shutdown()
-
 
 def packed(archive: str, members: dict) -> bytes:
     file, is_zip = io.BytesIO(), archive.endswith(".zip")
@@ -1244,7 +1048,6 @@ def packed(archive: str, members: dict) -> bytes:
             info.type = tarfile.SYMTYPE if "link" in name else tarfile.REGTYPE
             out.writestr(name, content) if is_zip else out.addfile(info, io.BytesIO(content))
     return file.getvalue()
-
 
 VOC, ADE = "VOCdevkit/VOC2012/", "ADEChallengeData2016/"
 WORLDS = {  # data set -> three training and two validation images, line of a list, archives' files
@@ -1264,7 +1067,6 @@ FOREIGN = dict.fromkeys([  # members that must stay in their archive
     "../../no.jpg", VOC + "JPEGImages/link_no.jpg", VOC + "JPEGImages/../../../../no.jpg",
     ADE + "images/training/../../../../no.jpg", "leftImg8bit/test/no/no_1_leftImg8bit.png"], b"")
 
-
 def small_archives(name: str, first=(0, 1, 150)) -> dict:
     """Archive -> its bytes. All files are one mask of 0 to 33, but its first values are `first`."""
     mask = np.resize(np.uint8([*first, *range(3, 34)]), (20, 30))
@@ -1272,7 +1074,6 @@ def small_archives(name: str, first=(0, 1, 150)) -> dict:
     return {archive.name: packed(archive.name, FOREIGN | {
         path.format(n, n[-12:]): image.getvalue() for path in paths for n in WORLDS[name][0]})
         for archive, paths in zip(data_prep.ARCHIVES[name], WORLDS[name][2])}
-
 
 def publish(name: str, host, monkeypatch) -> dict:
     """data_prep will take the small archives for the published ones, on two hosts."""
@@ -1293,18 +1094,15 @@ def publish(name: str, host, monkeypatch) -> dict:
         for a in data_prep.ARCHIVES[name]])
     return archives
 
-
 def save(folder, files: dict) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return str(folder)
 
-
 def first_mask(folder) -> list:
     mask = folder / (folder / "splits/val.txt").read_text().split()[1]
     return np.array(Image.open(mask)).flatten()[:34].tolist()
-
 
 @pytest.mark.parametrize("name, spelling", [
     ("voc", "9d8c10a7"), ("coco", "a4fab23f"), ("ade20k", "502dcd34"), ("cityscapes", "3d95bef9")])
@@ -1332,12 +1130,10 @@ def test_a_published_set_is_made_from_its_archives(
     assert data_prep.main(command) == 0 and "nothing to do" in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before and len(host.seen) == asked
 
-
 def test_masks_of_ade20k_are_never_shifted_twice(host, monkeypatch, tmp_path):
     publish("ade20k", host, monkeypatch)
     zips = save(tmp_path / "zips", small_archives("ade20k", first=(255, 0, 149)))  # converted ones
     assert first_mask(data_prep.prepare("ade20k", tmp_path, zips))[:4] == [255, 0, 149, 3]
-
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_broken_transfer_goes_on_where_it_stopped(ranges, host, tmp_path):
@@ -1351,7 +1147,6 @@ def test_a_broken_transfer_goes_on_where_it_stopped(ranges, host, tmp_path):
     with pytest.raises((OSError, http.client.HTTPException)):  # this one never sends the rest
         data_prep.download(f"{host.url}/b", tmp_path / "b")
 
-
 def test_a_wrong_md5_is_refused_and_the_mirror_used(host, monkeypatch, tmp_path, capsys):
     archive, = publish("voc", host, monkeypatch)
     host.files[f"/first/{archive}"] += b"spoilt"
@@ -1360,7 +1155,6 @@ def test_a_wrong_md5_is_refused_and_the_mirror_used(host, monkeypatch, tmp_path,
     host.files.pop(f"/second/{archive}")
     assert data_prep.main(["voc", "--root", str(tmp_path / "other")]) == 2
     assert "MD5 is wrong" in capsys.readouterr().err and not (tmp_path / "other/voc").exists()
-
 
 def test_an_interrupted_build_is_absent_and_fetches_no_more(host, monkeypatch, tmp_path):
     publish("coco", host, monkeypatch)
@@ -1372,13 +1166,11 @@ def test_an_interrupted_build_is_absent_and_fetches_no_more(host, monkeypatch, t
     data_prep.prepare("coco", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["coco"]
 
-
 def test_the_folder_of_a_faster_process_is_used(host, monkeypatch, tmp_path):
     publish("voc", host, monkeypatch)
     theirs, files = tmp_path / "voc", {"dataset.json": b"theirs"}
     monkeypatch.setattr(data_prep, "settle", lambda *_: save(theirs, files))
     assert [path.read_text() for path in data_prep.prepare("voc", tmp_path).iterdir()] == ["theirs"]
-
 
 @pytest.mark.parametrize("told, more, counts, data", [
     ("damaged", "", (3, 2), b"<html>"), ("val_2.png: not an image", "", (3, 2), packed(
@@ -1395,20 +1187,17 @@ def test_mistakes_end_in_one_line(told, more, counts, data, host, monkeypatch, t
     assert len(shown) == 1 and shown[0].startswith("data_prep.py: ") and told in shown[0]
     assert not list(tmp_path.glob("data/*ade20k*"))
 
-
 def test_a_disk_too_small_is_noticed_first(host, monkeypatch, tmp_path, capsys):
     publish("coco", host, monkeypatch)
     monkeypatch.setitem(data_prep.ARCHIVES, "coco", [data_prep.Archive("a.zip", 1e9, None, ["x"])])
     assert data_prep.main(["coco", "--root", str(tmp_path)]) == 2 and not host.seen
     assert "needs about" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
-
 def test_the_lists_of_ade20k_are_the_published_ones():
     for n, digest in {158: "5b28d705e511", 316: "78f423b10adc", 632: "0a2f3b29515a",
                       1263: "85cb4de0a789", 2526: "73d45bc89e25"}.items():
         text = data_prep.ade20k_list(f"{n}/labeled.txt").encode()
         assert hashlib.sha256(text).hexdigest().startswith(digest)
-
 
 def test_the_toy_world_is_complete_or_absent(tmp_path, monkeypatch):
     for name, value in dict(SPLITS={"train": 3, "val": 2, "test": 2}, CORPUS=64, STEPS=2).items():
@@ -1422,7 +1211,6 @@ def test_the_toy_world_is_complete_or_absent(tmp_path, monkeypatch):
     saved = torch.load(toy / "open_clip_pytorch_model.bin", weights_only=True)
     clip = open_clip.create_model(f"local-dir:{toy}").state_dict()
     assert clip.keys() == saved.keys() and all(torch.equal(clip[k], saved[k]) for k in clip)
-
 
 def test_the_painter_repeats_itself_from_its_seed_only():
     first, again, other = (np.array(data_prep.Painter(seed).scene()[0]) for seed in "aab")
