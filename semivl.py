@@ -343,8 +343,7 @@ def copy_trained(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo=shared).requires_grad_(False).eval()
 
 # ----------------------------------------------------------------------------------------------
-# 5. Decoders: how does "this patch is that similar to this text" become a mask?
-# (Paper: Language-Guided Decoder.)
+# 5. Decoders (paper: Language-Guided Decoder): how does "similar to this text" become a mask?
 # A usual decoder ends in N filters, each learned from the few masks that show its class. Here each
 # class is an item of the batch: B*N maps of one channel, the similarity of every patch to the
 # class's text. The same weights clean up the map of whatever class they are given, so they learn
@@ -731,7 +730,7 @@ def cutmix_box(size: int) -> torch.Tensor:
             return torch.tensor([top, left, top + height, left + width])
 
 # All chance in training is a function of (seed, position in the run), so a resumed run repeats it.
-# Seed s uses the numbers from s * STREAM on, the first half for augmentation, the other for dropout.
+# Seed s uses the numbers from s * STREAM on, the first half for augmentation, the rest for dropout.
 STREAM = 10**9
 
 class TrainingSet(Dataset):
@@ -1034,7 +1033,8 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None) 
     out = Path(cfg.out) if saved else new_run(cfg, labelled) if RANK == 0 else None
     def save(name):
         """Replaces the old file only when the new one is complete on the disk."""
-        content = {key: module.state_dict() for key, module in modules.items()}  # shared: once
+        content = {key: module.state_dict() for key, module in modules.items()
+                   if key == "model" or name == "last.pt"}  # of what they share one copy is written
         content |= dict(state, config=dataclasses.asdict(cfg), classes=folder.classes,
                         clip=clip_config, labelled=labelled)
         with about(f"{out / name} (make room; what was saved before is whole)"):
@@ -1260,8 +1260,7 @@ def load_checkpoint(file: str, typed: dict) -> tuple[SemiVL, Config, dict]:
     content = load_file(file, "model", "config", "classes", "clip")
     with about(file):
         cfg = Config(**content["config"] | dict(device="auto", out="") | typed)
-        visual = open_clip.CLIP(**content["clip"]).visual
-        model = build_model(cfg, visual, content["model"]["text"])
+        model = build_model(cfg, open_clip.CLIP(**content["clip"]).visual, content["model"]["text"])
         model.load_state_dict(content["model"])
     return model.eval(), cfg, content["classes"]
 
@@ -1383,7 +1382,7 @@ def main(argv=None) -> int:
         print("semivl.py: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
-        text = str(error).strip()
+        text = str(error).strip() + " beside semivl.py" * isinstance(error, ModuleNotFoundError)
         if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
             text = "out of memory: take a smaller --micro-batch or --crop"
         elif isinstance(error, RuntimeError) and "DataLoader worker" not in text:
