@@ -545,8 +545,7 @@ class FrozenGuidance(nn.Module):
         groups = cosine_maps(dense, self.concepts).split(self.sizes, dim=1)  # N of [B, ., gh, gw]
         similarity = torch.stack([group.amax(1) for group in groups], dim=1)  # [B, N, gh, gw]
         similarity = F.interpolate(similarity, images.shape[2:], mode="bilinear")  # [B, N, H, W]
-        # 100 is the scale that CLIP's training ended at. Without it the softmax of cosines is
-        # nearly flat, and no threshold makes sense.
+        # 100 is the scale that CLIP's training ended at. Without it the softmax is nearly flat.
         return 100 * similarity
     def labels(self, images: torch.Tensor) -> torch.Tensor:
         """Images -> guidance labels [B, H, W]: the class, or IGNORE where CLIP is not sure."""
