@@ -1,18 +1,24 @@
-"""Makes data folders for semivl.py: the toy world and the four published data sets.
+"""Makes data folders for semivl.py: the toy world, the four published data sets, your own pictures.
 
     python data_prep.py toy                          paints the toy world, trains its tiny CLIP
     python data_prep.py voc                          fetches, unpacks, checks; also coco, ade20k
     python data_prep.py cityscapes --source FOLDER   from the two archives that its login gives
+    python data_prep.py FOLDER --images DIR --masks DIR --classes a,b,c    of your own pictures
 
-They are made in data/, or in --root. A data folder looks like this:
+Sets are made in data/, or in --root. A data folder looks like this:
 
-    FOLDER/dataset.json            {"classes": [...], "ignore_index": 255}
+    FOLDER/dataset.json            {"classes": [...], "ignore_index": 255}, perhaps "colors"
     FOLDER/splits/train.txt        "IMAGE MASK" or "IMAGE" a line, paths relative to FOLDER
     FOLDER/splits/val.txt          "IMAGE MASK" a line; so is test.txt, which only the toy has
     FOLDER/splits/N/labeled.txt    the published list of N labelled images
 
-A mask is a PNG whose pixel values are class numbers (palette or greyscale, never colours). Until it
-is complete, a folder is called .NAME-...; one that a killed process left may be removed.
+A mask is a PNG whose pixel values are class numbers (palette or greyscale), unless "colors" tells
+each class's value or [r, g, b]. A folder .NAME-... is being made, or a killed process has left it.
+
+Your own pictures stay where they are: a.jpg goes with a.png or a_mask.png, also if one DIR holds
+both; images without mask train unlabelled. --classes names the mask values 0, 1, 2 ...; instead,
+--labelmap FILE takes labelmap.txt of CVAT, _classes.csv of Roboflow or a name a line, as labelme
+has it. What is called void, ignore or unlabeled is no class: its pixels have no label.
 """
 
 import argparse
@@ -29,7 +35,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections import namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -41,15 +47,21 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torchvision.datasets import Cityscapes
 from torchvision.datasets.utils import check_integrity
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from tqdm import tqdm
 
 IGNORE = 255  # mask value of pixels that belong to no class
 
+def require(ok, *problems: str) -> None:
+    if not ok:
+        more = (f"... and {len(problems) - 20} more",) * (len(problems) > 20)
+        raise ValueError("\n".join(problems[:20] + more))
 
 def progress(iterable, title: str, **more) -> tqdm:
-    """A progress bar; in a log file, where each change is a new line, it changes rarely."""
-    return tqdm(iterable, title, mininterval=0.5 if sys.stderr.isatty() else 30, **more)
-
+    """A progress bar; where there is no terminal, a line twice a minute."""
+    lines = {} if sys.stderr.isatty() else dict(
+        mininterval=30, delay=30, bar_format="{desc}: {n_fmt} of {total_fmt}, {remaining} left\n")
+    return tqdm(iterable, title, **lines, **more)
 
 # ----------------------------------------------------------------------------------------------
 # The published data sets
@@ -60,14 +72,8 @@ TRAINED = [c for c in Cityscapes.classes if 0 <= c.train_id < IGNORE]
 CLASSES = {  # data set -> class names in the order of mask values, spelled as published
     "voc": ("background|aeroplane|bicycle|bird|boat|bottle|bus|car|cat|chair|cow|diningtable|dog|"
         "horse|motorbike|person|pottedplant|sheep|sofa|train|tvmonitor").split("|"),
-    "coco": ("background|person|bicycle|car|motorcycle|airplane|bus|train|truck|boat|traffic light|"
-        "fire hydrant|stop sign|parking meter|bench|bird|cat|dog|horse|sheep|cow|elephant|bear|"
-        "zebra|giraffe|backpack|umbrella|handbag|tie|suitcase|frisbee|skis|snowboard|sports ball|"
-        "kite|baseball bat|baseball glove|skateboard|surfboard|tennis racket|bottle|wine glass|cup|"
-        "fork|knife|spoon|bowl|banana|apple|sandwich|orange|broccoli|carrot|hot dog|pizza|donut|"
-        "cake|chair|couch|potted plant|bed|dining table|toilet|tv|laptop|mouse|remote|keyboard|"
-        "cell phone|microwave|oven|toaster|sink|refrigerator|book|clock|vase|scissors|teddy bear|"
-        "hair drier|toothbrush").split("|"),
+    "coco": ["background"] + [name for name in MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta[
+        "categories"][1:] if name != "N/A"],
     "ade20k": ("wall|building|sky|floor|tree|ceiling|road|bed|windowpane|grass|cabinet|sidewalk|"
         "person|earth|door|table|mountain|plant|curtain|chair|car|water|painting|sofa|shelf|house|"
         "sea|mirror|rug|field|armchair|seat|fence|desk|rock|wardrobe|lamp|bathtub|railing|cushion|"
@@ -82,22 +88,18 @@ CLASSES = {  # data set -> class names in the order of mask values, spelled as p
         "animal|bicycle|lake|dishwasher|screen|blanket|sculpture|hood|sconce|vase|traffic light|"
         "tray|ashcan|fan|pier|crt screen|plate|monitor|bulletin board|shower|radiator|glass|clock|"
         "flag").split("|"),
-    "cityscapes": [c.name for c in sorted(TRAINED, key=lambda c: c.train_id)],
-}
+    "cityscapes": [c.name for c in sorted(TRAINED, key=lambda c: c.train_id)]}
 
-# A file to fetch: its size in GB (about), its MD5 if one is known, where it is served.
-Archive = namedtuple("Archive", "name size md5 urls")
+Archive = namedtuple("Archive", "name size md5 urls")  # size in GB (about); MD5, if it is known
 ARCHIVES = {
     "voc": [Archive("VOCtrainval_11-May-2012.tar", 2.0, "6cd6e144f989b92b3379bac3b3de84fd", (
         "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
         "https://d2l-data.s3-accelerate.amazonaws.com/VOCtrainval_11-May-2012.tar"))],
     "coco": [
-        Archive("train2017.zip", 19.3, "cced6f7f71b7629ddf16f17bbcfab6b2",
-                ("http://images.cocodataset.org/zips/train2017.zip",
-                 "https://s3.amazonaws.com/images.cocodataset.org/zips/train2017.zip")),
-        Archive("val2017.zip", 0.8, "442b8da7639aecaf257c1dceb8ba8c80",
-                ("http://images.cocodataset.org/zips/val2017.zip",
-                 "https://s3.amazonaws.com/images.cocodataset.org/zips/val2017.zip")),
+        *(Archive(name, size, md5, (f"http://images.cocodataset.org/zips/{name}",
+                                    f"https://s3.amazonaws.com/images.cocodataset.org/zips/{name}"))
+          for name, size, md5 in (("train2017.zip", 19.3, "cced6f7f71b7629ddf16f17bbcfab6b2"),
+                                  ("val2017.zip", 0.8, "442b8da7639aecaf257c1dceb8ba8c80"))),
         Archive("ground_truth_coco.zip", 0.5, None,
                 ("https://github.com/google-research/semivl/releases/download/checkpoints/"
                  "ground_truth_coco.zip",))],
@@ -105,21 +107,18 @@ ARCHIVES = {
         "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",))],
     "cityscapes": [  # both need a login, so they are taken from --source only
         Archive("leftImg8bit_trainvaltest.zip", 11.6, None, ()),
-        Archive("gtFine_trainvaltest.zip", 0.25, None, ())],
-}
+        Archive("gtFine_trainvaltest.zip", 0.25, None, ())]}
 TAKEN = {  # pattern of a path in the archives -> path in the data folder; the rest is left out
     "voc": {r"VOCdevkit/VOC2012/((JPEGImages/[^/]+\.jpg)|(SegmentationClass/[^/]+\.png))": r"\1"},
     "coco": {r"((train|val)2017/\d{12}\.jpg)": r"\1", r"(.*/)?(\d{12}\.png)": r"masks/\2"},
     "ade20k": {r"ADEChallengeData2016/((images|annotations)/(training|validation)/"
                r"ADE_\w+\.(jpg|png))": r"\1"},
     "cityscapes": {r"(leftImg8bit|gtFine)/(train|val)/\w+/\w+_(leftImg8bit|gtFine_labelIds)\.png":
-                   r"\g<0>"},
-}
+                   r"\g<0>"}}
 COUNTS = {"voc": (10_582, 1_449), "coco": (118_287, 5_000), "ade20k": (20_210, 2_000),
           "cityscapes": (2_975, 500)}  # training images, validation images
 
-# The authors' lists. The URLs pin a commit, so their content cannot change.
-COMMIT = "13ee65d6f27e197e0b55d987b346fc880fc811ca"
+COMMIT = "13ee65d6f27e197e0b55d987b346fc880fc811ca"  # of the authors' lists: they cannot change
 LIST_HOSTS = (f"https://raw.githubusercontent.com/google-research/semivl/{COMMIT}/",
               f"https://cdn.jsdelivr.net/gh/google-research/semivl@{COMMIT}/")
 LISTS = {  # file below our splits/ -> file below theirs, or None: made by ade20k_list()
@@ -129,9 +128,7 @@ LISTS = {  # file below our splits/ -> file below theirs, or None: made by ade20
         (232, 512), (463, 256), (925, 128), (1849, 64), (3697, 32))} | {"val.txt": "coco/val.txt"},
     "ade20k": {f"{n}/labeled.txt": None for n in (158, 316, 632, 1263, 2526)} | {"val.txt": None},
     "cityscapes": {f"{n}/labeled.txt": f"cityscapes/1_{part}/labeled.txt" for n, part in (
-        (100, 30), (186, 16), (372, 8), (744, 4), (1488, 2))} | {"val.txt": "cityscapes/val.txt"},
-}
-
+        (100, 30), (186, 16), (372, 8), (744, 4), (1488, 2))} | {"val.txt": "cityscapes/val.txt"}}
 
 def download(url: str, file: Path) -> None:
     """Fetches a URL. What an earlier transfer left in FILE.part is continued, not fetched again."""
@@ -160,7 +157,6 @@ def download(url: str, file: Path) -> None:
             elif not file.exists() and (not part.exists() or part.stat().st_size <= have):
                 raise  # not a single byte came; otherwise the next round continues
 
-
 def fetch(archive: Archive, downloads: Path) -> Path:
     """The file in `downloads`, from the first URL that serves it with the right MD5."""
     file, failed = downloads / archive.name.replace("/", "-"), []
@@ -175,7 +171,6 @@ def fetch(archive: Archive, downloads: Path) -> Path:
             failed.append(f"{url}: {getattr(error, 'reason', error)}")
     raise OSError(f"{archive.name} cannot be fetched ({'; '.join(failed)}); start again, or put it "
                   "into a FOLDER under this name and run python data_prep.py NAME --source FOLDER")
-
 
 def unpack(archive: Path, taken: dict[str, str], folder: Path) -> None:
     """The regular files of a tar or zip whose path matches a pattern of `taken`, and no others."""
@@ -199,14 +194,12 @@ def unpack(archive: Path, taken: dict[str, str], folder: Path) -> None:
         raise ValueError(f"{archive}: damaged ({str(error).splitlines()[0]}); remove it and start "
                          "again") from None
 
-
 def read_mask(file: Path) -> np.ndarray:
     try:
         with Image.open(file) as image:
             return np.array(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file.name}: not an image that can be read ({error})") from None
-
 
 def change_masks(files: list[Path], table: np.ndarray) -> None:
     """Rewrites masks through a table [256] of new values; labelIds become labelTrainIds."""
@@ -219,21 +212,16 @@ def change_masks(files: list[Path], table: np.ndarray) -> None:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(progress(pool.map(change, files), "convert masks", total=len(files)))
 
-
 def reduce_ade20k(folder: Path) -> None:
-    """Masks of ADE20K: 0 ("other") becomes IGNORE, 1 to 150 become 0 to 149.
-
-    Some copies in circulation are converted already: they hold 255 and never 150. A second shift
-    would turn every class into its neighbour, so they stay as they are.
-    """
+    """Masks of ADE20K: 0 ("other") becomes IGNORE, 1 to 150 become 0 to 149. Some copies
+    in circulation are converted already: they hold 255 and never 150. A second shift would turn
+    every class into its neighbour, so they stay as they are."""
     files = sorted(folder.glob("annotations/*/*.png"))
     largest = (read_mask(file).max() for file in progress(files, "raw or converted"))
     found = next((value for value in largest if value in (150, IGNORE)), None)
-    if not found:
-        raise ValueError("ADE20K: the masks hold neither 150 (raw) nor 255 (converted)")
+    require(found, "ADE20K: the masks hold neither 150 (raw) nor 255 (converted)")
     if found == 150:
         change_masks(files, np.arange(256, dtype=np.uint8) - 1)  # 0 wraps round to 255
-
 
 def ade20k_list(file: str) -> str:
     """The published list, "N/labeled.txt" or "val.txt", drawn as the authors drew it."""
@@ -246,10 +234,8 @@ def ade20k_list(file: str) -> str:
         names = names[:int(Path(file).parent.name)]
     return "\n".join(f"images/{name}.jpg annotations/{name}.png" for name in names)
 
-
 def write_json(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content, indent=2), encoding="utf-8")
-
 
 def settle(name: str, folder: Path) -> None:
     """From unpacked archives and lists to a data folder, with a check that it is complete."""
@@ -273,14 +259,11 @@ def settle(name: str, folder: Path) -> None:
     for file in ("train.txt", *LISTS[name]):
         lines = (folder / "splits" / file).read_text(encoding="utf-8").splitlines()
         count = counts.get(file) or int(Path(file).parent.name)
-        if len(lines) != count:
-            raise ValueError(f"{name}: splits/{file} has {len(lines)} images instead of {count}; "
-                             "the archives or the lists are of another version")
+        require(len(lines) == count, f"{name}: splits/{file} has {len(lines)} images instead of "
+                f"{count}; the archives or the lists are of another version")
         missing |= {path for path in " ".join(lines).split() if not (folder / path).is_file()}
-    if missing:
-        raise ValueError(f"{name}: {len(missing)} listed files are not in the archives: "
-                         + ", ".join(sorted(missing)[:3]) + ", ..." * (len(missing) > 3))
-
+    require(not missing, f"{name}: {len(missing)} listed files are not in the archives: "
+            + ", ".join(sorted(missing)[:3]) + ", ..." * (len(missing) > 3))
 
 def make_published(name: str, folder: Path, downloads: Path, source: str | None) -> None:
     """Fills `folder` from the archives and lists in `source`, or fetched to `downloads`."""
@@ -291,10 +274,10 @@ def make_published(name: str, folder: Path, downloads: Path, source: str | None)
         wanted = [a._replace(urls=[f"{source.rstrip('/')}/{a.name}", *a.urls]) for a in wanted]
     files = {a.name: file for a in wanted if source and (file := Path(source) / a.name).is_file()}
     missing = [a for a in wanted if a.name not in files]
-    if login := [a.name for a in missing if not a.urls]:
-        raise ValueError(f"{name}: {' and '.join(login)} cannot be fetched without a login; get "
-                         "the archives from https://www.cityscapes-dataset.com, then run "
-                         "python data_prep.py cityscapes --source FOLDER_OF_BOTH")
+    login = [a.name for a in missing if not a.urls]
+    require(not login, f"{name}: {' and '.join(login)} cannot be fetched without a login; get the "
+            "archives from https://www.cityscapes-dataset.com, then run python data_prep.py "
+            "cityscapes --source FOLDER_OF_BOTH")
     print(f"making {downloads.parent / name}; fetched files stay in {downloads} until the end:")
     for a in ARCHIVES[name]:
         print(f"  {a.size:5.1f} GB  {files.get(a.name) or a.urls[0]}", flush=True)
@@ -321,24 +304,19 @@ def make_published(name: str, folder: Path, downloads: Path, source: str | None)
     with contextlib.suppress(OSError):
         downloads.rmdir()  # unless the user keeps something there
 
-
 def prepare(name: str, root="data", source: str | None = None) -> Path:
     """Makes root/NAME, complete or not at all, if it is not there already, and returns its path.
-
-    source: folder, or URL of a mirror, with the archives (and perhaps the lists under splits/).
-    """
+    source: folder, or URL of a mirror, with the archives (and perhaps the lists under splits/)."""
     root, target = Path(root), Path(root) / name
     # Toy worlds of older versions lack this file; semivl.py could not load their CLIP.
     mark = target / ("open_clip_config.json" if name == "toy" else "dataset.json")
-    if name == "toy" and source:
-        raise ValueError("--source does not go with toy: nothing is fetched for it")
-    if source and "://" not in source and not Path(source).is_dir():
-        raise ValueError(f"--source {source}: neither a folder nor a URL")
+    require(name != "toy" or not source, "--source does not go with toy: nothing is fetched for it")
+    require(not source or "://" in source or Path(source).is_dir(),
+            f"--source {source}: neither a folder nor a URL")
     if mark.is_file():
         return target
-    if target.exists():
-        raise ValueError(f"{target} has no {mark.name}: another program or an older version made "
-                         "it; move it away and start again")
+    require(not target.exists(), f"{target} has no {mark.name}: another program or an older "
+            "version made it; move it away and start again")
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as temporary:
         folder = Path(temporary) / name  # other users may read it, unlike the temporary folder
@@ -353,7 +331,6 @@ def prepare(name: str, root="data", source: str | None = None) -> Path:
             if not mark.is_file():  # otherwise another process has made it meanwhile: use that one
                 raise OSError(f"{target} cannot be made: {error}") from None
     return target
-
 
 # ----------------------------------------------------------------------------------------------
 # The toy world. An icon is a list of "kind colour coordinates" parts, painted in that order on the
@@ -370,8 +347,7 @@ COLORS = {
     "red": (222, 62, 58), "orange": (240, 146, 54), "yellow": (248, 208, 76), "dark": (52, 50, 62),
     "green": (74, 154, 84), "lime": (150, 196, 84), "blue": (66, 118, 204), "hole": (0, 0, 0, 0),
     "sky": (138, 200, 236), "pink": (242, 150, 180), "brown": (146, 98, 62),
-    "cream": (250, 234, 200), "white": (250, 250, 248), "grey": (160, 166, 178),
-}
+    "cream": (250, 234, 200), "white": (250, 250, 248), "grey": (160, 166, 178)}
 CONCEPTS = {  # class -> concept -> (body colours, body pattern, icon)
     "vehicle": {"car": ("red blue", "plain", """poly sky -.62 -.05 -.4 -.6 .34 -.6 .66 -.05
         round body -1 -.14 1 .44; box body -.08 -.6 .04 0; disc dark -.76 .16 -.22 .7
@@ -416,16 +392,13 @@ CONCEPTS = {  # class -> concept -> (body colours, body pattern, icon)
         box body .44 -.7 .96 .92; poly blue -1 -.6 -.7 -1 -.4 -.6; poly blue .4 -.6 .7 -1 1 -.6
         box body -.36 -.5 -.14 -.2; box body .14 -.5 .36 -.2; round dark -.24 .3 .24 .92"""),
         "tent": ("blue green", "stripes", """poly body -1 .84 0 -.86 1 .84
-        poly dark -.34 .84 0 -.1 .34 .84; poly yellow 0 -1 .36 -.9 0 -.74""")},
-}
+        poly dark -.34 .84 0 -.1 .34 .84; poly yellow 0 -1 .36 -.9 0 -.74""")}}
 GROUNDS = {  # concept of the background -> (base colour, second colour)
     "meadow": ((126, 182, 92), (96, 156, 74)), "beach": ((236, 214, 160), (216, 188, 130)),
-    "lake": ((92, 166, 214), (150, 206, 236)), "snowfield": ((234, 242, 250), (202, 218, 236)),
-}
+    "lake": ((92, 166, 214), (150, 206, 236)), "snowfield": ((234, 242, 250), (202, 218, 236))}
 TOY_CLASSES = ["background", *CONCEPTS]
 CLASS_OF = {concept: name for name, concepts in CONCEPTS.items() for concept in concepts}
 MASK_COLORS = ("dark", "red", "orange", "green", "pink", "blue")  # in the order of TOY_CLASSES
-
 
 def paint_body(color: tuple, pattern: str, side: int, rng: random.Random) -> Image.Image:
     """A square of cloth [side, side] from which the icon's body is cut."""
@@ -447,7 +420,6 @@ def paint_body(color: tuple, pattern: str, side: int, rng: random.Random) -> Ima
                 draw.circle((x, y), 0.045 * side, fill=mark)
     return cloth
 
-
 def draw_part(draw: ImageDraw.ImageDraw, kind: str, xy: list[float], fill) -> None:
     if kind == "half":
         draw.pieslice(xy, 0, 180, fill=fill)
@@ -455,7 +427,6 @@ def draw_part(draw: ImageDraw.ImageDraw, kind: str, xy: list[float], fill) -> No
         draw.rounded_rectangle(xy, 0.45 * min(xy[2] - xy[0], xy[3] - xy[1]), fill=fill)
     else:
         {"disc": draw.ellipse, "box": draw.rectangle, "poly": draw.polygon}[kind](xy, fill=fill)
-
 
 def paint_icon(concept: str, radius: float, rng: random.Random) -> Image.Image:
     """One object, RGBA [2 radius, 2 radius], in a random colour, direction and small tilt."""
@@ -476,7 +447,6 @@ def paint_icon(concept: str, radius: float, rng: random.Random) -> Image.Image:
     if rng.random() < 0.5:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return sprite.rotate(rng.uniform(-12, 12)).reduce(ZOOM)
-
 
 def paint_ground(name: str, rng: random.Random, side: int = 256) -> Image.Image:
     """A large textured ground [side, side]; scenes and corpus images are cut out of it."""
@@ -501,19 +471,15 @@ def paint_ground(name: str, rng: random.Random, side: int = 256) -> Image.Image:
             draw.point((x, y), fill=ink)
     return ground
 
-
 class Painter:
     """Paints scenes and corpus images from one random stream."""
-
     def __init__(self, seed: str):
         self.rng = random.Random(seed)
         self.grounds = {name: paint_ground(name, self.rng) for name in GROUNDS}
-
     def ground(self, side: int) -> tuple[str, Image.Image]:
         name, whole = self.rng.choice(list(self.grounds.items()))
         x, y = self.rng.randrange(whole.width - side), self.rng.randrange(whole.height - side)
         return name, whole.crop((x, y, x + side, y + side))
-
     def place(self, image: Image.Image, concept: str, x: float, y: float) -> tuple:
         """Paints an object with a soft shadow at (x, y) -> its exact outline and corner."""
         sprite = paint_icon(concept, self.rng.uniform(*RADIUS), self.rng)
@@ -522,7 +488,6 @@ class Painter:
         image.paste((30, 40, 50), (corner[0] + 1, corner[1] + 2), alpha.point(lambda v: v * 0.3))
         image.paste(sprite, corner, alpha)
         return alpha.point(lambda v: 255 * (v > 127)), corner
-
     def scene(self) -> tuple[Image.Image, Image.Image]:
         """One to three objects, one per quarter -> image RGB [64, 64] and mask P [64, 64]."""
         rng = self.rng
@@ -536,7 +501,6 @@ class Painter:
             outline, corner = self.place(image, concept, x, y)
             mask.paste(TOY_CLASSES.index(CLASS_OF[concept]), corner, outline)
         return image, mask
-
     def captioned(self) -> tuple[Image.Image, str]:
         """Up to two objects, often cut by the border -> image RGB [40, 40] and caption."""
         rng = self.rng
@@ -555,7 +519,6 @@ class Painter:
             caption += f" on a {ground}"
         return image, caption
 
-
 # Captions of the corpus and pre-training of the tiny CLIP.
 CLASS_WORD = 0.05  # share of objects that a caption calls by their class
 GROUND_WORD = 1.0  # share of captions with objects that also name the ground
@@ -563,30 +526,23 @@ STEPS, BATCH = 800, 192  # training steps, images in each
 TILES = (16, 32)  # sides of the crops that CLIP sees; a step uses one of them
 LR = 3e-3
 CLIP_CONFIGS = {"toy": {  # settings as open_clip has them
-    "embed_dim": 64,
-    "vision_cfg": {"image_size": SCENE, "patch_size": 8, "width": 96, "layers": 2,
-                   "head_width": 32, "pool_type": "avg"},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
-}}
-
+    "embed_dim": 64, "vision_cfg": {"image_size": SCENE, "patch_size": 8, "width": 96, "layers": 2,
+                                    "head_width": 32, "pool_type": "avg"},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}}}
 
 def empty_clip(name: str) -> open_clip.CLIP:
     """The CLIP of that name with random weights."""
     return open_clip.CLIP(**CLIP_CONFIGS[name])
-
 
 def random_crops(images: torch.Tensor, side: int) -> torch.Tensor:
     """[N, 3, H, H] -> [N, 3, side, side], each cut at its own random place."""
     corners = torch.randint(images.shape[-1] - side + 1, (2, len(images))).T.tolist()
     return torch.stack([image[:, y:y + side, x:x + side] for image, (y, x) in zip(images, corners)])
 
-
 def encode_mosaic(model: open_clip.CLIP, crops: torch.Tensor) -> torch.Tensor:
-    """Crops [N, 3, t, t] -> their embeddings [N, E], encoded as tiles of common canvases.
-
-    The embedding of a crop is the mean over its own patches. Attention spans the whole canvas, as
-    it will span whole scenes later; the other crops have other captions, so it learns to be local.
-    """
+    """Crops [N, 3, t, t] -> their embeddings [N, E], encoded as tiles of common canvases. The
+    embedding of a crop is the mean over its own patches. Attention spans the whole canvas, as it
+    will span whole scenes later; the other crops have other captions, so it learns to be local."""
     side, per_row = crops.shape[-1], SCENE // crops.shape[-1]
     canvas = crops.reshape(-1, per_row, per_row, 3, side, side).permute(0, 3, 1, 4, 2, 5)
     canvas = canvas.reshape(-1, 3, SCENE, SCENE)
@@ -596,14 +552,12 @@ def encode_mosaic(model: open_clip.CLIP, crops: torch.Tensor) -> torch.Tensor:
     tiles = F.avg_pool2d(patches, side // model.visual.patch_size[0])
     return tiles.permute(0, 2, 3, 1).flatten(0, 2) @ model.visual.proj
 
-
 def contrastive_loss(images, texts, caption, scale) -> torch.Tensor:
     """CLIP's loss for embeddings [N, E]; images with the same caption [N] share the target."""
     logits = scale * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
     same = (caption[:, None] == caption).float()
     target = same / same.sum(1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
 
 def pretrain_tiny_clip(images: list[Image.Image], captions: list[str]) -> open_clip.CLIP:
     """Contrastive pre-training on images [40, 40] with one caption each."""
@@ -634,7 +588,6 @@ def pretrain_tiny_clip(images: list[Image.Image], captions: list[str]) -> open_c
         bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
     return model.eval()
 
-
 def make_toy(folder: Path) -> None:
     """Scenes with masks, and a CLIP that open_clip.create_model("local-dir:FOLDER") loads."""
     print("making the toy world: scenes, then a tiny CLIP (once, a minute or two)", flush=True)
@@ -661,29 +614,184 @@ def make_toy(folder: Path) -> None:
         "model_cfg": CLIP_CONFIGS["toy"], "preprocess_cfg": {
             "mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}})
 
+# ----------------------------------------------------------------------------------------------
+# Your own pictures. A label is (class name, its number in masks, its colour in masks or None).
+# ----------------------------------------------------------------------------------------------
+
+NO_LABEL = ("void", "ignore", "__ignore__", "unlabeled", "unlabelled")  # these are no classes
+
+def read_labelmap(file: Path) -> list[tuple]:
+    """Labels of CVAT ("NAME:R,G,B::" a line), Roboflow ("VALUE, NAME") or labelme ("NAME")."""
+    labels, kinds = [], set()
+    for at, line in enumerate(file.read_text("utf-8-sig", "replace").splitlines(), 1):
+        line = re.sub(r"\s*([:,])\s*", r"\1", line.strip())
+        if not line or line[0] == "#" or line.lower() == "pixel value,class":
+            continue
+        match = re.fullmatch(r"(?:(\d+),)?([^:,\ufffd]+)(?::(\d+,\d+,\d+)(?::.*)?)?", line)
+        number, name, color = match.groups() if match else ("256", "", None)
+        color = color and tuple(map(int, color.split(",")))
+        kinds.add((number is None, color is None))
+        require(len(kinds) == 1 and max(int(number or 0), *(color or [0])) < 256, f"{file}, line "
+                f"{at}: {line!r} should be 'NAME:R,G,B::', 'VALUE, NAME' or 'NAME' (to 255, UTF-8)")
+        if labels or line != "__ignore__":  # as the first line, labelme does not count it
+            labels.append((name, len(labels) if number is None else int(number), color))
+    return labels
+
+def pair_pictures(images: Path, masks: Path) -> list[tuple]:
+    """(image, mask of the same name or None), in the order of names: paths without suffix."""
+    found, problems, suffixes = ({}, {}), [], Image.registered_extensions()
+    for kind, (folder, other) in enumerate([(images, masks), (masks, images)]):
+        for file in sorted(folder.rglob("*")):
+            path = file.relative_to(folder)
+            name = path.with_suffix("").as_posix().lower()
+            if (file.suffix.lower() not in suffixes or any(part[0] == "." for part in path.parts)
+                    or folder == other and name.endswith("_mask") != kind
+                    or folder in other.parents and other in file.parents or not file.is_file()):
+                continue
+            name = name.removesuffix("_mask") if kind and name not in found[0] else name
+            if found[kind].setdefault(name, file) != file:
+                problems.append(f"{found[kind][name]} and {file}: one name for two; rename one")
+            if re.search("[\0-\x1f\x85\u2028\u2029\ud800-\udfff\\\\]", path.as_posix()):
+                problems.append(f"{str(file)!r}: letters that lists cannot hold; rename it")
+        require(found[kind], f"{folder}: no {('images', 'masks')[kind]} there; images are needed, "
+                "and masks for some, in --masks DIR or as NAME_mask.png beside NAME.jpg")
+    require(not problems, *problems)
+    lost = [str(file) for name, file in found[1].items() if name not in found[0]]
+    told = f"masks have no image of their name: {', '.join(lost[:3])}" + ", ..." * (len(lost) > 3)
+    require(len(lost) < len(found[1]), f"all {told}; images are {[*found[0].values()][0]}, ...")
+    if lost:
+        print(f"note: {len(lost)} {told}")
+    return [(image, found[1].get(name)) for name, image in sorted(found[0].items())]
+
+def count_pixels(file: Path) -> tuple[dict, dict] | str:
+    """A mask's pixels by number (empty if it is drawn in RGB) and by colour, or what is wrong."""
+    try:
+        with Image.open(file) as image:
+            kind = f"{image.format} {image.info.get('compression', '')}".strip()
+            require(re.match("(PNG|TIFF|BMP)(?!.*(jp|webp))", kind),
+                    f"{kind} may change numbers; export masks as PNG")
+            require(image.mode in ("P", "L", "I", "I;16", "RGB", "RGBA") and not re.search(
+                "'[^IP']*;", str(image.tile)), f"mode {image.mode}, or not 8 bits a value, would "
+                "change numbers; export masks as greyscale, palette or RGB with 8 bits")
+            colors = image.convert("RGB").getcolors(4096)
+            require(colors, "over 4096 colours; export masks as flat areas with hard edges")
+            values = np.unique(image, return_counts=True) if image.mode[0] != "R" else ()
+            return dict(zip(*(part.tolist() for part in values))), {c: n for n, c in colors}
+    except Exception as error:  # damaged files make Pillow raise almost anything
+        return f"{file}: {error}"
+
+def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0.2, seed=0) -> None:
+    """Makes a data folder that points to pictures where they lie, as told on top of this file.
+    classes: names of the mask values 0, 1, ...; val: share of the masked images for validation."""
+    home, images, masks = (Path(path).resolve() for path in (folder, images, masks or images))
+    source, made = labelmap or "--classes", (home / "splits", home / "dataset.json")
+    require(0 < val < 1, f"--val {val}: should be a share between 0 and 1")
+    require(not (labelmap and classes), "either --classes or --labelmap names the classes")
+    for path in made:
+        require(not path.exists(), f"{path} is there already; move it, or take another FOLDER")
+    labels = [(name, number, None) for number, name in enumerate(classes or ())]
+    labels = read_labelmap(Path(labelmap)) if labelmap else labels
+    for column in zip(*labels):
+        twice = [v for v in column if v is not None and column.count(v) > 1]
+        require(not twice, f"{source}: {twice[:1]} is there twice")
+    void = [label[0] for label in labels if label[0].lower() in NO_LABEL]
+    require(not (labelmap or classes) or all(name for name, *_ in labels) and len(void) < 2
+            and 2 <= len(labels) - len(void) <= 255, f"{source}: should name 2 to 255 classes "
+            f"(not ''), and at most one of {', '.join(NO_LABEL)}")
+
+    pairs = pair_pictures(images, masks)
+    masked = [pair for pair in pairs if pair[1]]
+    require(len(masked) > 1, f"{masks}: one mask only; training and validation need one each")
+    found = [count_pixels(mask) for _, mask in progress(masked, "read masks")]
+    require(not (problems := [told for told in found if isinstance(told, str)]), *problems)
+    tables = [{label[i]: label[0] for label in labels} for i in (1, 2)]
+    fits = [sum({*counts[i]} <= {*tables[i], IGNORE} for counts in found) for i in (0, 1)]
+    known = bool(labels and labels[0][2])  # what fits both ways, as VOC's palette may, is colours
+    colored = any(not numbers for numbers, _ in found) or known and fits[1] >= fits[0]
+    pixels, shown = Counter(), Counter()
+    for counts in found:
+        pixels.update(counts[colored])
+        shown.update([*counts[colored]])
+    require(labels, f"masks hold {sorted(pixels)[:30]}: name 0, 1, 2 ... by --classes a,b,c, other "
+            "values by --labelmap FILE with lines VALUE, NAME, colours with lines NAME:R,G,B")
+    names, ends = tables[known and colored], ((0, 255), ((0, 0, 0), (255, 255, 255)))[colored]
+    if [*names] == [0, 1] and ends[1] in pixels.keys() <= {*ends}:
+        names = dict(zip(ends, names.values()))
+        print("note: masks hold 0 and 255 only; read as {} and {}".format(*names.values()))
+    keys = {name: value for value, name in names.items()}
+    ignore = keys.pop(void[0]) if void else -1 if IGNORE in names else IGNORE
+    names[ignore] = "(no label)"
+    for (_, mask), counts in zip(masked, found):
+        if wrong := sorted((v, n) for v, n in counts[colored].items() if v not in names):
+            told = ", ".join(f"{v}: {n} pixels" for v, n in wrong[:8]) + ", ..." * (len(wrong) > 8)
+            where = source if known or not colored else "a --labelmap: a line NAME:R,G,B for each"
+            problems.append(f"{mask}: no class has {told}; correct it, or name it in {where}")
+    require(not problems, *problems)
+
+    count = max(1, min(len(masked) - 1, round(val * len(masked))))
+    drawn = {*random.Random(seed).sample(masked, count)}
+    plain = [*keys.values()] == [*range(len(keys))]
+    content = {"classes": [*keys], "ignore_index": ignore, **({} if plain else {"colors": keys}),
+               "made": {"images": os.path.relpath(images, home),
+                        "masks": os.path.relpath(masks, home), "val": val, "seed": seed}}
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".splits-", dir=home) as temporary:
+        new = [Path(temporary) / path.name for path in made]
+        new[0].mkdir()
+        for name in ("train", "val"):
+            lines = [[Path(os.path.relpath(file, home)).as_posix() for file in pair if file]
+                     for pair in pairs if (pair in drawn) == (name == "val")]
+            lines = [" ".join(line) if " ".join(line).split() == line else  # else with a TAB
+                     "\t".join((*line, "")[:2]) for line in lines]
+            (new[0] / f"{name}.txt").write_text("\n".join([*lines, ""]), encoding="utf-8")
+        write_json(new[1], content)
+        for file, path in zip(new, made):
+            file.rename(path)
+    for v, name in names.items():
+        print(f"{pixels[v] / pixels.total():7.2%} of pixels, {shown[v] or 'no':>5} masks: {name}")
+    left, bare = len(masked) - count, len(pairs) - len(masked)
+    print(f"{left} images with and {bare} without mask to train, {count} to validate; next:")
+    folder = f'"{folder}"' if " " in str(folder) else folder
+    print(f"python semivl.py --dataset {folder} --labels {left if bare else max(1, left // 4)}")
 
 def main(argv=None) -> int:
-    """Command line: `data_prep.py toy|voc|coco|ade20k|cityscapes`."""
+    """Command line: `data_prep.py toy|voc|coco|ade20k|cityscapes`, or FOLDER --images DIR."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", choices=["toy", *ARCHIVES])
-    parser.add_argument("--root", default="data", help="where data sets are kept [data]")
+    sets = ["toy", *ARCHIVES]
+    parser.add_argument("dataset", help=f"{', '.join(sets)}; with --images a FOLDER to make")
+    parser.add_argument("--root", help="where data sets are kept [data]")
     parser.add_argument("--source", help="folder, or URL of a mirror, that has the archives")
+    parser.add_argument("--images", metavar="DIR", help="your own pictures, also in subfolders")
+    parser.add_argument("--masks", metavar="DIR", help="their masks [NAME_mask.png in --images]")
+    parser.add_argument("--classes", metavar="a,b,c", help="names of the mask values 0, 1, 2 ...",
+                        type=lambda text: [name.strip() for name in text.split(",")])
+    parser.add_argument("--labelmap", metavar="FILE", help="or a file of CVAT, Roboflow, labelme")
+    parser.add_argument("--val", type=float, help="share of the masks for validation [0.2]")
     # A mistake is told in one line, as are those below; argparse would print its usage before it.
     parser.error = lambda message: parser.exit(2, f"data_prep.py: {message}\n")
-    args = parser.parse_args(argv)
+    args = vars(parser.parse_args(argv))
+    name, root, source = map(args.pop, ("dataset", "root", "source"))
+    own = {key: value for key, value in args.items() if value is not None}
     try:
-        present = (Path(args.root) / args.dataset).exists()
-        path = prepare(args.dataset, args.root, args.source)
-        print(f"{path} is there already; nothing to do" if present else f"{path} is complete")
+        require(not own if name in sets else "images" in own and not root and not source,
+                f"{name}: should be one of {', '.join(sets)} (with --root, --source), or a "
+                "new FOLDER, with --images DIR (and --masks, --classes, --labelmap, --val)")
+        if own:
+            from_pictures(name, **own)
+        else:
+            present = (Path(root or "data") / name).exists()
+            path = prepare(name, root or "data", source)
+            print(f"{path} is there already; nothing to do" if present else f"{path} is complete")
         return 0
     except (ValueError, OSError) as error:
         message, code = str(error), 2
     except KeyboardInterrupt:
-        message, code = "interrupted; what was fetched is kept", 130
+        message, code = "interrupted" + "; what was fetched is kept" * (not own), 130
     print(f"data_prep.py: {message}", file=sys.stderr)  # only here are all progress bars closed
     return code
 
-
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # for names that a console cannot print
     sys.exit(main())

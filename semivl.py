@@ -40,6 +40,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -59,15 +60,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-# ----------------------------------------------------------------------------------------------
-# 1. Settings: one flat Config; PRESETS hold the published recipes; the command line overrides both
+# 1. Settings: one flat Config, PRESETS with the published recipes, and the command line over both -
 
 @dataclasses.dataclass
 class Config:
@@ -126,8 +125,8 @@ class Config:
         require(self.batch % self.micro_batch == 0, "--micro-batch must divide --batch")
         require(self.stride <= self.crop, "--stride is above --crop: pixels would be left out")
 
-# What each data set changes. The defaults above are VOC's, and those of a FOLDER. The toy's run is
-# short, so its teacher follows faster and frozen CLIP has ten times the weight.
+# What each data set changes of the defaults, which are those of VOC and of a FOLDER. The toy's run
+# is short, so its teacher follows faster and frozen CLIP has ten times the weight.
 PRESETS = {
     "toy": dict(dataset="toy", labels=4, crop=64, fit=False, scale_min=0.8, scale_max=1.25,
                 workers=0, clip="toy", conf=0.9, guidance=1.0, ema=0.98, steps=240, batch=4,
@@ -155,41 +154,38 @@ def about(what):
         reason = " ".join(reason.split()).split(". ")[0]  # after that torch gives advice
         raise ValueError(f"{what}: {reason[:300]}") from None
 
-# ----------------------------------------------------------------------------------------------
-# 2. Language: what is each class called, and what does it look like?
-# (Paper: Class Definition Guidance.)
+# 2. Language (paper: Class Definition Guidance): what is a class called, what does it look like? --
 # A class name alone can be a poor prompt: hardly any caption on the web says "background". So a
 # class is defined by a list of concepts, and frozen CLIP calls a pixel by the class of the concept
 # that fits best. The decoder reads one vector a class: the embedding of its name, or (Cityscapes)
 # the mean of its concepts. The decoder is trained, so a poor name costs it less.
-# Spelling is as published ("wolve", "skyscaper"): the published weights saw these very strings.
-# On COCO and ADE20K a class has its name as its only concept.
+# On COCO and ADE20K a class has its name as its only concept. Spelling is as published ("wolve"):
+# the published weights saw these very strings.
 
-DEFINITIONS = {  # data set -> "class: concept|concept" for each class, in the order of mask values
-    "voc": "background: background|bed|building|cabinet|ceiling|curtain|door|fence|floor|grass|"
-    "ground|mountain|road|rock|shelves|sidewalk|sky|snow|tree|wall|water|window|hang glider|"
-    "helicopter|jet ski|go-cart|tractor|emergency vehicle|lorry|truck|lion|stool|bench|wheelchair|"
-    "coffee table|desk|side table|picnic bench|wolve|flowers in a vase|goat|tram|laptop|"
-    "advertising display|vehicle interior; aeroplane: aeroplane|airplane|glider; bicycle: bicycle|"
-    "tricycle|unicycle; bird: bird; boat: boat|ship|rowing boat|pedalo; bottle: bottle|"
-    "plastic bottle|glass bottle|feeding bottle; bus: bus|minibus; car: car|van|large family car|"
-    "realistic toy car; cat: cat|domestic cat; chair: chair|armchair|deckchair; cow: cow; "
-    "diningtable: dining table|table for eating at; dog: dog|domestic dog; horse: horse|pony|"
-    "donkey|mule; motorbike: motorbike|moped|scooter|sidecar; person: person|people|baby|face; "
-    "pottedplant: potted plant|indoor plant in a pot|outdoor plant in a pot; sheep: sheep; "
-    "sofa: sofa; train: train|train carriage; tvmonitor: tv|monitor|standalone screen",
-    "cityscapes": "road: road|street|parking space; sidewalk: sidewalk; building: building|"
-    "skyscaper|house|bus stop building|garage|car port|scaffolding; wall: individual standing "
-    "wall, which is not part of a building; fence: fence|hole in fence; pole: pole|sign pole|"
-    "traffic light pole; traffic light: traffic light; traffic sign: traffic sign|parking sign|"
-    "direction sign; vegetation: vegetation|tree|hedge; terrain: terrain|grass|soil|sand; "
-    "sky: sky; person: person|pedestrian|walking person|standing person|"
-    "person sitting on the ground|person sitting on a bench|person sitting on a chair; "
-    "rider: rider|cyclist|motorcyclist; car: car|jeep|SUV|van; truck: truck|box truck|"
-    "pickup truck|truck trailer; bus: bus; train: train|tram; "
-    "motorcycle: motorcycle|moped|scooter; bicycle: bicycle"}
+DEFINITIONS = {  # data set -> "class: concept|concept; class: ..." in the order of class numbers
+    "voc": """background: background|bed|building|cabinet|ceiling|curtain|door|fence|floor|grass|
+ground|mountain|road|rock|shelves|sidewalk|sky|snow|tree|wall|water|window|hang glider|helicopter|
+jet ski|go-cart|tractor|emergency vehicle|lorry|truck|lion|stool|bench|wheelchair|coffee table|desk|
+side table|picnic bench|wolve|flowers in a vase|goat|tram|laptop|advertising display|vehicle
+interior; aeroplane: aeroplane|airplane|glider; bicycle: bicycle|tricycle|unicycle; bird: bird;
+boat: boat|ship|rowing boat|pedalo; bottle: bottle|plastic bottle|glass bottle|feeding bottle; bus:
+bus|minibus; car: car|van|large family car|realistic toy car; cat: cat|domestic cat; chair: chair|
+armchair|deckchair; cow: cow; diningtable: dining table|table for eating at; dog: dog|domestic dog;
+horse: horse|pony|donkey|mule; motorbike: motorbike|moped|scooter|sidecar; person: person|people|
+baby|face; pottedplant: potted plant|indoor plant in a pot|outdoor plant in a pot; sheep: sheep;
+sofa: sofa; train: train|train carriage; tvmonitor: tv|monitor|standalone screen""",
+    "cityscapes": """road: road|street|parking space; sidewalk: sidewalk; building: building|
+skyscaper|house|bus stop building|garage|car port|scaffolding; wall: individual standing wall, which
+is not part of a building; fence: fence|hole in fence; pole: pole|sign pole|traffic light pole;
+traffic light: traffic light; traffic sign: traffic sign|parking sign|direction sign; vegetation:
+vegetation|tree|hedge; terrain: terrain|grass|soil|sand; sky: sky; person: person|pedestrian|walking
+person|standing person|person sitting on the ground|person sitting on a bench|person sitting on a
+chair; rider: rider|cyclist|motorcyclist; car: car|jeep|SUV|van; truck: truck|box truck|pickup
+truck|truck trailer; bus: bus; train: train|tram; motorcycle: motorcycle|moped|scooter; bicycle:
+bicycle"""}
 DEFINITIONS = {dataset: {name: words.split("|") for name, _, words in (
-    entry.partition(": ") for entry in text.split("; "))} for dataset, text in DEFINITIONS.items()}
+    entry.partition(": ") for entry in text.replace("|\n", "|").replace("\n", " ").split("; "))}
+    for dataset, text in DEFINITIONS.items()}
 
 @torch.no_grad()
 def encode_text(clip: open_clip.CLIP, names: list[str]) -> torch.Tensor:
@@ -198,9 +194,8 @@ def encode_text(clip: open_clip.CLIP, names: list[str]) -> torch.Tensor:
     return clip.eval().encode_text(tokens.to(clip.token_embedding.weight.device)).float()
 
 def describe_classes(clip: open_clip.CLIP, classes: dict[str, list[str]], cfg: Config) -> tuple:
-    """Class name -> its concepts, to text embeddings with L2-normalised rows: for the decoder
-    [N, E]; of the names [N, E]; of the concepts, class after class, for frozen CLIP [K, E]. And N
-    numbers whose sum is K: how many concepts each class has."""
+    """Class name -> its concepts, to L2-normalised text embeddings: for the decoder [N, E], of the
+    names [N, E], of all concepts, class after class [K, E]; and how many concepts a class has."""
     text = names = encode_text(clip, list(classes))
     groups = list(classes.values()) if cfg.definitions else [[name] for name in classes]
     concepts, sizes = encode_text(clip, sum(groups, [])), [len(group) for group in groups]
@@ -208,41 +203,31 @@ def describe_classes(clip: open_clip.CLIP, classes: dict[str, list[str]], cfg: C
         text = torch.stack([group.mean(0) for group in concepts.split(sizes)])
     return *(F.normalize(t, dim=-1) for t in (text, names, concepts)), sizes
 
-# ----------------------------------------------------------------------------------------------
-# 3. Dense CLIP: CLIP gives one embedding for a whole image; how do we get one for every patch?
-# (Paper: Vision-Language Pre-training; the trick is MaskCLIP's, Zhou et al., ECCV 2022.)
+# 3. Dense CLIP (paper: Vision-Language Pre-training): how do we get an embedding for every patch? -
 # In: images [B, 3, H, W]. Out: dense embedding [B, E, gh, gw] and two skip maps [B, D, gh, gw].
 # CLIP's image embedding is read from the class token. In the last block its attention takes a
 # weighted mean of the patches' VALUE vectors, and that mean is what training has aligned with text.
 # So a single patch's own value vector, sent through the rest of the block, lies close to the text,
-# too. This is the "value path": attention is replaced by the value of the token itself. What we
-# lose is the context that the last attention would have brought to a patch.
+# too. This is the "value path" (MaskCLIP, Zhou et al., ECCV 2022): attention is replaced by the
+# value of the token itself. What we lose is the context that the last attention would have brought.
 # The decoder also needs to know where things end. It gets that from two skip maps of early blocks,
-# where a patch still describes its own pixels. They are value paths as well; the paper gives no
-# reason for it.
+# where a patch still describes its own pixels. They are value paths, too; no reason is published.
 
-# For the ResNet of `conv_skip`, and for `authors_clip`: the authors normalise images like this
-# before CLIP sees them (except on Cityscapes).
+# For the ResNet of `conv_skip`, and as the authors do for CLIP, too (except on Cityscapes).
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+torch.backends.mha.set_fastpath_enabled(False)  # torch's short cut for inference is slower here
 
 class QuickGELU(nn.Module):
     """x sigmoid(1.702 x), as silu(1.702 x) / 1.702: the backward pass keeps one tensor, not two."""
     def forward(self, x):
         return F.silu(1.702 * x).mul_(1 / 1.702)
 
-def transformer_block(block: nn.Module, x: torch.Tensor, attend: bool = True) -> torch.Tensor:
-    """A pre-norm block of open_clip's ViT on tokens [B, T, D]; without `attend` its value path."""
-    attn, mlp, D = block.attn, block.mlp, x.shape[-1]
-    weight, bias, y = attn.in_proj_weight, attn.in_proj_bias, block.ln_1(x)
-    if attend:
-        y = F.linear(y, weight, bias).unflatten(2, (3, attn.num_heads, -1))  # [B, T, 3, heads, .]
-        q, k, v = y.permute(2, 0, 3, 1, 4)  # [B, heads, T, .] each
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, T, D]
-    else:
-        y = F.linear(y, weight[2 * D:], bias[2 * D:])  # the last third makes the values
-    x = x + block.ls_1(F.linear(y, attn.out_proj.weight, attn.out_proj.bias))  # ls: layer scale
-    y = mlp.gelu(F.linear(block.ln_2(x), mlp.c_fc.weight, mlp.c_fc.bias))
-    return x + block.ls_2(F.linear(y, mlp.c_proj.weight, mlp.c_proj.bias))
+def value_path(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A block of open_clip's ViT on tokens [B, T, D], each of which attends to itself alone."""
+    attn, D = block.attn, x.shape[-1]
+    y = F.linear(block.ln_1(x), attn.in_proj_weight[2 * D:], attn.in_proj_bias[2 * D:])  # values
+    x = x + block.ls_1(attn.out_proj(y))  # ls: layer scale
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 def resize_position(position: torch.Tensor, old: tuple, new: tuple) -> torch.Tensor:
     """Position embedding [1 + old_h * old_w, D] -> [1 + new_h * new_w, D], bicubic.
@@ -255,27 +240,18 @@ def resize_position(position: torch.Tensor, old: tuple, new: tuple) -> torch.Ten
 
 class DenseCLIP(nn.Module):
     """The visual tower of a plain open_clip ViT, turned into an encoder of patches.
-    Args:
-        visual: open_clip's VisionTransformer, `open_clip.create_model(...).visual`; it is changed.
-        grid: (gh, gw) that the position embedding is resized to, once, and trained at. For an image
-            of any other size each forward pass interpolates from it.
-        authors: exact GELU and LayerNorm eps 1e-6, as in the authors' code and for their weights;
-            OpenAI's CLIP was trained with QuickGELU and 1e-5.
-        mean, std: three numbers each; by default those of the images this CLIP was trained with.
-    Raises ValueError if the tower is no plain ViT, or is inside another DenseCLIP already.
-        >>> vit = open_clip.create_model("ViT-B-16-quickgelu").visual  # pretrained="openai"
-        >>> dense, (shallow, deep) = DenseCLIP(vit)(torch.rand(1, 3, 64, 96))
-        >>> dense.shape, shallow.shape
-        (torch.Size([1, 512, 4, 6]), torch.Size([1, 768, 4, 6]))
-    """
+    visual: `open_clip.create_model(...).visual`; it is changed. grid: (gh, gw) that the position
+    embedding is resized to, once, and trained at; for an image of any other size each forward pass
+    interpolates from it. authors: exact GELU and LayerNorm eps 1e-6, as in the authors' code and
+    for their weights; OpenAI's CLIP was trained with QuickGELU and 1e-5. mean, std: of the images
+    that CLIP was trained with, by default. ValueError for any other tower, or one used before."""
     def __init__(self, visual, grid=None, authors=False, mean=None, std=None):
         super().__init__()
         parts = open_clip.transformer
         require(isinstance(visual, parts.VisionTransformer) and not visual.attn_pool and {
-            parts.ResidualAttentionBlock} == {*map(type, visual.transformer.resblocks)}
-            and len(visual.positional_embedding) == 1 + math.prod(visual.grid_size)
-            and not visual.final_ln_after_pool,
-            "DenseCLIP needs a plain ViT of open_clip, fresh from create_model")
+            parts.ResidualAttentionBlock} == {*map(type, visual.transformer.resblocks)} and (
+            len(visual.positional_embedding) == 1 + math.prod(visual.grid_size)) and not (
+            visual.final_ln_after_pool), "DenseCLIP needs a plain ViT, fresh from create_model")
         self.visual, self.patch = visual, visual.conv1.kernel_size[0]
         self.skip_blocks = (0, len(visual.transformer.resblocks) // 3)  # 0 and 4 of ViT-B's twelve
         (self.width, self.embed_dim), old = visual.proj.shape, tuple(visual.grid_size)
@@ -291,11 +267,9 @@ class DenseCLIP(nn.Module):
         std = std or getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
-    def encode(self, images: torch.Tensor, last_attention: bool = False):
-        """Images [B, 3, H, W] in [0, 1] -> tokens in the joint space [B, T, E], the patches among
-        them as a map [B, E, gh, gw], and the two skip maps [B, D, gh, gw].
-        The method skips the last block's attention. With `last_attention` the first token (or the
-        mean of the others, if this CLIP pools so) is CLIP's embedding of the image: a check."""
+    def forward(self, images: torch.Tensor):
+        """Images [B, 3, H, W] in [0, 1] -> dense embedding [B, E, gh, gw], L2-normalised over E,
+        and the skip maps (shallow, deep), [B, D, gh, gw] each."""
         vit, P, (H, W) = self.visual, self.patch, images.shape[-2:]
         x = vit.conv1(F.pad((images - self.mean) / self.std, (0, -W % P, 0, -H % P)))
         B, _, gh, gw = x.shape  # [B, D, gh, gw]
@@ -303,25 +277,17 @@ class DenseCLIP(nn.Module):
         x = torch.cat([vit.class_embedding.to(x.dtype).expand(B, 1, -1), x], dim=1)  # [B, T, D]
         position = resize_position(vit.positional_embedding, self.grid, (gh, gw))
         x = vit.ln_pre(x + position.to(x.dtype))
-
         def to_map(tokens):  # [B, T, .] -> [B, ., gh, gw]; the class token is dropped
             return tokens[:, 1:].transpose(1, 2).unflatten(2, (gh, gw))
-
-        maps, last = {}, len(vit.transformer.resblocks) - 1
-        for i, block in enumerate(vit.transformer.resblocks):
+        maps, (*blocks, last) = {}, vit.transformer.resblocks
+        for i, block in enumerate(blocks):
             if i in self.skip_blocks:  # beside the block's own output, which goes on below
-                maps[i] = to_map(transformer_block(block, x, attend=False))
-            x = transformer_block(block, x, attend=i < last or last_attention)  # [B, T, D]
-        x = vit.ln_post(x) @ vit.proj  # [B, T, E]
-        return x, to_map(x), [maps[i] for i in self.skip_blocks]
-    def forward(self, images: torch.Tensor):
-        """Images [B, 3, H, W] in [0, 1] -> dense embedding [B, E, gh, gw], L2-normalised over E,
-        and the skip maps (shallow, deep), [B, D, gh, gw] each."""
-        _, dense, skips = self.encode(images)
-        return F.normalize(dense, dim=1), skips
+                maps[i] = to_map(value_path(block, x))
+            x = block(x)  # [B, T, D]
+        dense = to_map(vit.ln_post(value_path(last, x)) @ vit.proj)  # [B, E, gh, gw]
+        return F.normalize(dense, dim=1), [maps[i] for i in self.skip_blocks]
 
-# ----------------------------------------------------------------------------------------------
-# 4. Spatial fine-tuning: which weights may learn without making CLIP forget?
+# 4. Spatial fine-tuning: which weights may learn without making CLIP forget? ----------------------
 # CLIP lacks local, spatial reasoning, which lives in attention. What it knows about the world lives
 # in the MLPs. So attention and the position embedding train; everything else stays as it was.
 
@@ -342,8 +308,7 @@ def copy_trained(module: nn.Module) -> nn.Module:
     shared = {id(p): p for p in module.parameters() if not p.requires_grad}  # deepcopy leaves them
     return copy.deepcopy(module, memo=shared).requires_grad_(False).eval()
 
-# ----------------------------------------------------------------------------------------------
-# 5. Decoders (paper: Language-Guided Decoder): how does "similar to this text" become a mask?
+# 5. Decoders (paper: Language-Guided Decoder): how does "similar to this text" become a mask? -----
 # A usual decoder ends in N filters, each learned from the few masks that show its class. Here each
 # class is an item of the batch: B*N maps of one channel, the similarity of every patch to the
 # class's text. The same weights clean up the map of whatever class they are given, so they learn
@@ -366,26 +331,24 @@ def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         dense, text = F.normalize(dense.float(), dim=1), F.normalize(text.float(), dim=1)
         return torch.einsum("behw,ne->bnhw", dense, text)
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(channels // 16, channels)  # 16 channels a group
-
-def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=group_norm) -> nn.Sequential:
-    """Convolution that keeps the size (without bias: the norm has one), norm, ReLU."""
+def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=None) -> nn.Sequential:
+    """Convolution that keeps the size (without bias: the norm has one), norm (by default a
+    GroupNorm of 16 channels a group), ReLU."""
+    norm = norm(c_out) if norm else nn.GroupNorm(c_out // 16, c_out)
     conv = nn.Conv2d(c_in, c_out, kernel, 1, dilation * (kernel // 2), dilation, bias=False)
     # ReLU may work in place: the backward pass of a norm needs its input, not its output.
-    return nn.Sequential(conv, norm(c_out), nn.ReLU(inplace=True))
+    return nn.Sequential(conv, norm, nn.ReLU(inplace=True))
 
 def conv_by_parts(conv: nn.Conv2d, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors whose sum is conv(torch.cat(parts, dim=1)). A convolution is linear, so each part
-    meets its own slice of the weights; a part that all classes share is then convolved only once.
-    conv: without bias, stride or dilation."""
+    """Tensors whose sum is conv(torch.cat(parts, dim=1)), of a conv without bias, stride, dilation.
+    Each part meets its own slice of the weights, and one that all classes share meets it once."""
     weights = conv.weight.split([part.shape[1] for part in parts], dim=1)
     return [F.conv2d(part, w, padding=conv.padding) for part, w in zip(parts, weights)]
 
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling (DeepLab): one map seen at five fields of view, a branch of
     `width` channels each. [B, c_in, gh, gw] -> [B, c_out, gh, gw]."""
-    def __init__(self, c_in: int, width: int, c_out: int, norm=group_norm):
+    def __init__(self, c_in: int, width: int, c_out: int, norm=None):
         super().__init__()
         self.branches = nn.ModuleList([conv_norm_relu(c_in, width, 1, norm=norm)] + [
             conv_norm_relu(c_in, width, 3, dilation, norm) for dilation in (6, 12, 18)])
@@ -423,23 +386,19 @@ class UpStage(nn.Module):
     def __init__(self, c_in: int, c_skip: int, c_out: int):
         super().__init__()
         self.up = nn.ConvTranspose2d(c_in, c_in - c_skip, 2, stride=2)
-        self.convs = nn.Sequential(conv_norm_relu(c_in, c_out, 3), conv_norm_relu(c_out, c_out, 3))
+        self.conv = nn.Sequential(*conv_norm_relu(c_in, c_out, 3), *conv_norm_relu(c_out, c_out, 3))
     def forward(self, x, skip):
         x = self.up(x)  # [B*N, c_in - c_skip, 2a, 2b]
         skip = F.interpolate(skip, x.shape[2:], mode="bilinear", align_corners=True)  # 2a x 2b
-        (conv, norm, relu), second = self.convs
+        conv, norm, relu = self.conv[:3]
         x, skip = conv_by_parts(conv, [x, skip])  # [B*N, c_out, 2a, 2b], [B, c_out, 2a, 2b]
         x = x.unflatten(0, (len(skip), -1)) + skip.unsqueeze(1)  # [B, N, c_out, 2a, 2b]
-        return second(relu(norm(x.flatten(0, 1))))
+        return self.conv[3:](relu(norm(x.flatten(0, 1))))
 
 class LanguageGuidedDecoder(nn.Module):
     """Similarity maps -> spatial reasoning -> semantic reasoning -> upsampling.
     embed_dim: E, width of CLIP's joint space. shallow_dim, deep_dim: channels of the skip maps.
-    shallow_width: channels that the shallow one is projected to. recompute: see `by_classes`.
-        >>> dense, skip = torch.randn(1, 64, 4, 6), torch.randn(1, 96, 4, 6)
-        >>> LanguageGuidedDecoder(64, 96, 96)(dense, (skip, skip), torch.randn(5, 64)).shape
-        torch.Size([1, 5, 16, 24])
-    """
+    shallow_width: channels that the shallow one is projected to. recompute: see `by_classes`."""
     def __init__(self, embed_dim, shallow_dim, deep_dim, shallow_width=16, recompute=False):
         super().__init__()
         self.recompute = recompute
@@ -459,9 +418,7 @@ class LanguageGuidedDecoder(nn.Module):
     def semantic_reasoning(self, x, text):
         """Across classes, all at once: x [B, N, C, gh, gw], text [N, E] -> [B, N, C, gh, gw]."""
         text = self.text_proj(F.normalize(text, dim=1))  # [N, C]
-        for layer in self.semantic:
-            x = layer(x, text)
-        return x
+        return self.semantic[1](self.semantic[0](x, text), text)
     def upsampling(self, x, shallow, deep):
         """Within each class: x [B, N, C, gh, gw], skips -> logits [B, N, 4gh, 4gw]."""
         maps = self.up1(x.flatten(0, 1), deep)  # [B*N, 64, 2gh, 2gw]
@@ -472,12 +429,11 @@ class LanguageGuidedDecoder(nn.Module):
         So prediction for 150 classes needs little more memory than for 21. Training, too, under
         `recompute`: a group's activations are computed once more in the backward pass."""
         if self.recompute and torch.is_grad_enabled():
-            function = partial(checkpoint, function, use_reentrant=False)
+            function = partial(torch.utils.checkpoint.checkpoint, function, use_reentrant=False)
         parts = x.split(max(1, MAPS_AT_ONCE // len(x)), dim=1)
         return torch.cat([function(part, *shared) for part in parts], dim=1)
     def forward(self, dense, skips, text):
-        """dense [B, E, gh, gw], skips (shallow, deep) [B, ., ., .], text [N, E]
-        -> logits [B, N, 4gh, 4gw]."""
+        """dense [B, E, gh, gw], two skips [B, ., ., .], text [N, E] -> logits [B, N, 4gh, 4gw]."""
         x = self.by_classes(self.spatial_reasoning, cosine_maps(dense, text))
         x = self.semantic_reasoning(x, text)
         shallow, deep = self.shallow_proj(skips[0]), self.deep_proj(skips[1])  # [B, 16 or 32, ., .]
@@ -497,8 +453,7 @@ class VisionDecoder(nn.Module):
         x = torch.cat([self.skip_proj(skips[1]), self.aspp(dense)], dim=1)  # [B, 48+width, gh, gw]
         return self.head(self.fuse(x))
 
-# ----------------------------------------------------------------------------------------------
-# 6. Three networks: student, frozen CLIP (paper: Dense CLIP Guidance), EMA teacher
+# 6. Three networks: student, frozen CLIP (paper: Dense CLIP Guidance), EMA teacher ----------------
 # Who tells the student what to say where there is no mask? The teacher grows better, but it learns
 # from the student, so its mistakes feed on themselves. Frozen CLIP is coarse, but never changes.
 # In: images [B, 3, H, W] in [0, 1]. Out: logits [B, N, H, W]; of frozen CLIP labels, too.
@@ -516,8 +471,7 @@ class SemiVL(nn.Module):
         The last `num_perturbed` images of the batch get UniMatch's feature perturbation: of the
         dense embedding and of each skip map, half of the channels become 0, the others double."""
         dense, (shallow, deep) = self.clip(images)
-        if self.conv is not None:
-            shallow = self.conv(images)[-1]
+        shallow = self.conv(images)[-1] if self.conv else shallow
         if num_perturbed:
             n = len(images) - num_perturbed
             dense, shallow, deep = (torch.cat([f[:n], F.dropout2d(f[n:], 0.5)])
@@ -531,8 +485,7 @@ class SemiVL(nn.Module):
 class FrozenGuidance(nn.Module):
     """CLIP as it was before training, asked about every pixel.
     clip: a DenseCLIP that nobody trains (see `copy_trained`). concepts: [K, E] text embeddings,
-    class after class. sizes: how many of them each of the N classes has. conf_thresh: lowest
-    probability of a label that counts."""
+    class after class; sizes: how many each class has. conf_thresh: lowest probability."""
     def __init__(self, clip: DenseCLIP, concepts, sizes: list[int], conf_thresh: float = 0.9):
         super().__init__()
         self.clip, self.sizes, self.conf_thresh = clip, sizes, conf_thresh
@@ -553,14 +506,11 @@ class FrozenGuidance(nn.Module):
         return label.masked_fill(confidence < self.conf_thresh, IGNORE)
 
 class EMATeacher:
-    """Mean teacher: an exponential moving average of the student makes the pseudo-labels.
+    """Mean teacher: `model`, an exponential moving average of the student, makes pseudo-labels.
     Averaging smooths out the mistakes of single steps. The average is also what is evaluated and
     saved, as in UniMatch V2. With decay 0 it equals the student, as in the authors' code."""
     def __init__(self, student: nn.Module, decay: float = 0.996):
         self.model, self.decay = copy_trained(student), decay
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [B, 3, H, W] in [0, 1] -> logits [B, N, H, W]."""
-        return self.model(images)
     @torch.no_grad()
     def update(self, student: nn.Module, step: int) -> None:
         """teacher = decay * teacher + (1 - decay) * student, after optimiser step `step` (from 0).
@@ -572,110 +522,149 @@ class EMATeacher:
         for mine, theirs in zip(self.model.buffers(), student.buffers(), strict=True):
             mine.copy_(theirs)  # batch-norm statistics are moving averages already
 
-# ----------------------------------------------------------------------------------------------
-# 7. Data: a folder of images; random crops of them, in weak and strong views
-# (Paper: consistency training; the views are UniMatch's.)
+# 7. Data: a folder of images; crops of them in weak and strong views (UniMatch's) -----------------
 # An entry is a pair of paths (image, mask or None), relative to the data folder:
 #     FOLDER/dataset.json        {"classes": ["sky", "car"], "definitions": {"car": ["car", "van"]},
 #                                 "ignore_index": 255}; the last two are optional
 #     FOLDER/splits/train.txt    a line an image: "IMAGE MASK", or "IMAGE" if there is no mask
 #     FOLDER/splits/val.txt      "IMAGE MASK"; optional: test.txt, and 8/labeled.txt for --labels 8
+# Masks hold class numbers, 0 for the first of "classes", or what dataset.json lists for each class:
+# "colors": {"sky": [70, 130, 180], "car": [0, 0, 142]}, or for values {"sky": 0, "car": 255}.
 
 def read_image(file: Path) -> torch.Tensor:
     """Any image file -> uint8 RGB [3, H, W], turned upright as its EXIF orientation says."""
     with about(file), Image.open(file) as image:
         # Converted to 8 bits, 16 bits would be white but for the darkest pixels.
         require(image.mode[0] not in "IF", f"an image of mode {image.mode}; save it with 8 bits")
-        image = ImageOps.exif_transpose(image).convert("RGB")
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        image.load()  # pixels that are damaged raise an error here, and PIL may raise it only once
+        with contextlib.suppress(Exception):  # damaged EXIF data: the image stays as it is stored
+            image = ImageOps.exif_transpose(image)
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
-def read_mask(file: Path, classes: int, ignore: int = IGNORE) -> torch.Tensor:
-    """PNG of class numbers -> uint8 [H, W]; the value `ignore` becomes IGNORE. Raises ValueError
-    for colours, and for a value that is neither a class nor `ignore`."""
+def read_mask(file: Path, values: dict[int, int], colours: bool = False) -> torch.Tensor:
+    """PNG, BMP or TIFF -> class numbers and IGNORE, uint8 [H, W]. values: what a pixel may hold ->
+    its class number; with `colours` a pixel holds 65536 r + 256 g + b. Raises ValueError for any
+    other value, and for a format that may have changed the values."""
     with about(file), Image.open(file) as image:
-        require(image.mode in ("P", "L", "I", "I;16"),
-                f"mode {image.mode}; save class numbers as palette or greyscale PNG")
-        mask = np.array(image)  # unconverted: a palette PNG's numbers are labels, not its colours
-        mask = np.where(mask == ignore, IGNORE, mask)
-        wrong = mask[(mask < 0) | (mask >= classes) & (mask != IGNORE)]
-        require(not wrong.size, f"holds {wrong[:1]}, but there are classes 0 to {classes - 1} and "
-                f"ignore_index {ignore}; correct the mask, or name the class in dataset.json")
-        return torch.from_numpy(mask.astype(np.uint8))
+        # PIL stretches 2 and 4 bits a pixel to 8; an "L;" in `tile` tells it.
+        lossy = re.search("L;|jpeg", f"{image.tile} {image.info.get('compression')}")
+        modes = ("P", "L", "RGB", "RGBA") if colours else ("P", "L", "I", "I;16")
+        require(image.format in ("PNG", "BMP", "TIFF") and image.mode in modes and not lossy,
+                f"{image.format} of mode {image.mode}; save class numbers as palette or 8-bit grey "
+                "PNG (JPEG, GIF, 2 and 4 bits change them), or list 'colors' in dataset.json")
+        # Unconverted, a palette PNG gives its numbers; converted, the colours of its palette.
+        mask = np.array(image.convert("RGB")) @ (65536, 256, 1) if colours else np.array(image, int)
+        known = np.array(sorted(values))
+        place = np.searchsorted(known, mask).clip(max=len(known) - 1)
+        for wrong in mask[known[place] != mask][:1]:
+            value = [*int(wrong).to_bytes(3, "big")] if colours else wrong
+            raise ValueError(f"{(mask == wrong).sum()} pixels hold {value}, which in dataset.json "
+                             "is no class and not the ignore_index")
+        return torch.from_numpy(np.uint8([values[v] for v in known.tolist()])[place])
 
-def read_list(file: Path, need_mask: bool) -> list[tuple]:
-    """Lines "IMAGE MASK" or "IMAGE" -> entries."""
-    with about(file):  # utf-8-sig: some editors put a mark in front
-        lines = [line.split() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
-        for words in lines or [[]]:
-            require(1 + need_mask <= len(words) <= 2,
-                    f"{' '.join(words)!r} should be 'IMAGE MASK', names without blanks")
-        return [(*words, None)[:2] for words in lines]
+def read_list(folder: Path, name: str, need_mask: bool) -> list[tuple]:
+    """Lines of FOLDER/splits/NAME -> entries, with one spelling for each path of an image."""
+    entries = []
+    with about(file := folder / "splits" / name):  # utf-8-sig: some editors put a mark in front
+        text = file.read_text("utf-8-sig").replace("\\", "/")
+        for line in [line for line in text.splitlines() if line.strip()] or ["no line at all"]:
+            words = [*map(str.strip, line.split("\t"))] if "\t" in line else line.split()
+            require(1 + need_mask <= len(words) <= 2 and all(words[:1 + need_mask]) and (
+                len(words) < 2 or "\t" in line or "." in words[0]),
+                f"{line!r}: should be 'IMAGE MASK', with a TAB behind a name that has blanks")
+            entries.append((os.path.relpath(folder / words[0], folder), (*words, "")[1] or None))
+    return entries
 
 @dataclasses.dataclass
 class Folder:
-    """A data set on disk. `classes` maps names, in the order of mask values, to concepts."""
+    """A data set on disk. `classes` maps names, in the order of class numbers, to concepts."""
     path: Path
     classes: dict[str, list[str]]
-    ignore: int  # the value of "no label" in its files
+    values: dict[int, int]  # what its masks hold -> class number or IGNORE
+    colours: bool  # whether its masks hold colours
     train: list[tuple]  # entries; masks may be None
     val: list[tuple]
     test: list[tuple]  # perhaps empty
     def image(self, entry: tuple) -> torch.Tensor:
         return read_image(self.path / entry[0])
     def mask(self, entry: tuple) -> torch.Tensor:
-        return read_mask(self.path / entry[1], len(self.classes), self.ignore)
+        return read_mask(self.path / entry[1], self.values, self.colours)
+    def check(self, lists: dict[str, list]) -> None:
+        """Opens all that will be used, before it is; lists: title -> entries. Prints the pixels of
+        each class, and what looks like a mistake. Raises ValueError with up to 20 problems."""
+        problems, turned, titles, pixels, N = [], 0, {}, {}, len(self.classes)
+        for title, entry in progress([(t, e) for t in lists for e in lists[t]], "check"):
+            titles[entry[0]] = (*titles.get(entry[0], ()), title)
+            try:
+                size = self.image(entry).shape[1:]
+                if entry[1]:
+                    label = self.mask(entry)
+                    require(label.shape == size, f"{self.path / entry[1]}: should have its image's "
+                            f"{size[1]} x {size[0]} pixels, upright as EXIF orientation says")
+                    counts = label.flatten().bincount(minlength=IGNORE + 1)
+                    pixels[title] = pixels.get(title, 0) + torch.cat([counts[:N], counts[-1:]])
+                    with contextlib.suppress(Exception), Image.open(self.path / entry[0]) as file:
+                        turned += file.getexif().get(0x0112, 1) != 1  # the tag of the orientation
+            except ValueError as error:
+                problems.append(str(error))
+        problems[20:] = [f"... and {len(problems) - 20} more"] * (len(problems) > 20)
+        require(not problems, "\n".join(problems))
+        say_table("pixels", [*self.classes, "no label"], pixels, ",")
+        for title, counts in pixels.items():
+            absent = [name for name, count in zip(self.classes, counts) if not count]
+            if absent:
+                say(f"note: no {title} mask shows {', '.join(absent)}")
+            require(title != "labelled" or len(absent) + 1 < N, 'these masks show no two classes. '
+                    'Black-and-white ones need "colors": {NAME: 0, NAME: 255}, "ignore_index": -1')
+        if turned:
+            say(f"note: EXIF orientation turns {turned} images; are their masks upright?")
+        for pair in sorted({pair for pair in titles.values() if len(pair) > 1}):
+            same = [image for image in titles if titles[image] == pair]
+            say(f"note: {len(same)} images are {' and '.join(pair)}: {', '.join(same[:3])}")
 
 def open_data(cfg: Config) -> Folder:
-    """The folder behind --dataset; a named set that is not on disk yet is made first. Concepts are
-    those of DEFINITIONS, else of dataset.json, else each class's name."""
+    """The folder behind --dataset; a named set is made if it is missing. Concepts: those of
+    DEFINITIONS, else of dataset.json, else each class's name."""
     path = Path(cfg.root) / cfg.dataset if cfg.dataset in PRESETS else Path(cfg.dataset)
     if cfg.dataset in PRESETS and not path.exists():
         require(WORLD == 1, f"{path} is missing: first run python data_prep.py {cfg.dataset}")
         import data_prep
         data_prep.prepare(cfg.dataset, cfg.root)
-    file, splits = path / "dataset.json", path / "splits"
-    with about(f"{file} (a data set is a folder with dataset.json and splits/, as in section 7)"):
-        content = dict(definitions={}, ignore_index=IGNORE)
-        content |= json.loads(file.read_text("utf-8-sig"))
-        names, concepts = content["classes"], DEFINITIONS.get(cfg.dataset, content["definitions"])
+
+    number = lambda v: int.from_bytes(bytes(v), "big") if isinstance(v, list) else v  # noqa: E731
+    with about(f"{path}/dataset.json (of the folder that --dataset names)"):
+        content = dict(definitions={}, ignore_index=IGNORE, colors={})
+        content |= json.loads((path / "dataset.json").read_text("utf-8-sig"))
+        names, ignore, colors = (content[key] for key in ("classes", "ignore_index", "colors"))
+        concepts = DEFINITIONS.get(cfg.dataset, content["definitions"])
         require(all(isinstance(words, list) and {*map(type, words)} == {str} for words in (
             names, *concepts.values())), "'classes', and each of 'definitions', is a list of names")
-        require(len({*names}) == len(names) <= IGNORE and {*concepts} <= {*names},
-                f"at most {IGNORE} classes, none twice; definitions of these only")
-    test = read_list(splits / "test.txt", True) if (splits / "test.txt").exists() else []
-    train, val = read_list(splits / "train.txt", False), read_list(splits / "val.txt", True)
+        require(1 < len({*names}) == len(names) <= IGNORE and {*concepts} <= {*names}, "2 to "
+                f"{IGNORE} classes (perhaps background), none twice; definitions of these only")
+        require({*colors} in ({*names}, set()), "'colors' must have an entry for each class")
+        colours = any(isinstance(color, list) for color in colors.values())
+        values = {number(colors.get(name, n)): n for n, name in enumerate(names)}
+        # Among colours a colour is ignored, or none: as a colour, 255 would be blue.
+        values[-1 if colours and not isinstance(ignore, list) else number(ignore)] = IGNORE
+        require(len(values) == len(names) + 1, f"ignore_index {ignore} is a class, too, or two "
+                "classes look alike; -1 ignores nothing, 'colors' says which value is which class")
+    test = read_list(path, "test.txt", True) if (path / "splits/test.txt").exists() else []
+    train, val = read_list(path, "train.txt", False), read_list(path, "val.txt", True)
     classes = {name: concepts.get(name, [name]) for name in names}
-    return Folder(path, classes, content["ignore_index"], train, val, test)
+    return Folder(path, classes, values, colours, train, val, test)
 
 def draw_labelled(folder: Folder, count: int, seed: int) -> list[tuple]:
-    """The labelled entries: those of splits/COUNT/labeled.txt, else `count` of train.txt, drawn. A
-    few images easily miss a class, so of 100 draws, whose masks it looks at, the first one with the
-    most classes counts."""
-    file = folder.path / f"splits/{count}/labeled.txt"
-    masked = read_list(file, True) if file.exists() else [e for e in folder.train if e[1]]
-    lists = sorted(int(file.parent.name) for file in folder.path.glob("splits/*/labeled.txt"))
-    require(count == len(masked) or count < len(masked) and not file.exists(), f"--labels {count}: "
-            f"{folder.path} has {len(masked)} masks for that; there are lists of {lists} images")
-    if file.exists():
-        return masked
+    """The labelled entries: those of splits/COUNT/labeled.txt, or `count` drawn from train.txt. A
+    few images easily miss a class, so the first of 100 draws with the most classes is taken."""
+    if (folder.path / f"splits/{count}/labeled.txt").exists():
+        return read_list(folder.path, f"{count}/labeled.txt", True)
+    masked = [*{image: (image, mask) for image, mask in folder.train if mask}.values()]
+    require(count <= len(masked), f"--labels {count}: {folder.path} has {len(masked)} images with "
+            "masks to draw from; each number in splits/ has its list")
     shown = lru_cache(None)(lambda i: {*folder.mask(masked[i]).unique().tolist()} - {IGNORE})
     rng = np.random.default_rng(seed)
     draws = [rng.choice(len(masked), count, replace=False).tolist() for _ in range(100)]
     return [masked[i] for i in max(draws, key=lambda draw: len(set().union(*map(shown, draw))))]
-
-def check_folder(folder: Folder, entries: list[tuple]) -> None:
-    """Opens all that will be used, before it is. Raises one ValueError that lists 20 problems."""
-    problems = []
-    for image, mask in progress(dict.fromkeys(entries), "check images"):
-        try:
-            size = folder.image((image, mask)).shape[1:]
-            require(not mask or folder.mask((image, mask)).shape == size,
-                    f"{folder.path / str(mask)}: should have its image's {size[1]} x {size[0]} "
-                    "pixels (upright, as EXIF orientation says)")
-        except ValueError as error:
-            problems.append(str(error))
-    more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-    require(not problems, "\n".join(problems[:20] + more))
 
 def scaled_size(height: int, width: int, scale: float) -> list[int]:
     """[height, width] times scale, rounded half up; not below one pixel."""
@@ -683,9 +672,8 @@ def scaled_size(height: int, width: int, scale: float) -> list[int]:
 
 def random_size(height: int, width: int, cfg: Config) -> list[int]:
     """A random [height, width] of the same aspect; r is uniform in [scale_min, scale_max].
-    With `fit` the largest size whose long side is at most 4 crop r and whose short side at most
-    crop r (2048 r and 512 r as published): at r = 1, 500 x 375 becomes 683 x 512. Without it the
-    long side becomes r times itself."""
+    With `fit` the long side becomes at most 4 crop r and the short side at most crop r (published:
+    2048 r, 512 r): at r = 1, 500 x 375 becomes 683 x 512. Without it both are multiplied by r."""
     long, short = max(height, width), min(height, width)
     if cfg.fit:
         r = float(torch.empty(()).uniform_(cfg.scale_min, cfg.scale_max))
@@ -736,8 +724,7 @@ class TrainingSet(Dataset):
     """Item i is all that position i of a run needs: one labelled and one unlabelled image.
     Items: x, w, s1, s2 uint8 [3, crop, crop]; y uint8, padding bool [crop, crop]; s1_box, s2_box
     int64 [4]; files, a string (without unlabelled entries only x, y, files). Order and augmentation
-    depend on (seed, i) alone, so a run is the same with any number of workers. A list is shuffled
-    anew whenever it has been gone through; the labelled one is short and comes round more often."""
+    depend on (seed, i) alone, so a run is the same with any number of workers."""
     def __init__(self, folder: Folder, labelled: list, unlabelled: list, cfg: Config):
         self.folder, self.labelled, self.unlabelled, self.cfg = folder, labelled, unlabelled, cfg
         self.views = dict(STRONG_VIEWS)
@@ -763,11 +750,9 @@ class TrainingSet(Dataset):
                 item |= {f"{name}_box": cutmix_box(cfg.crop) for name in self.views}
         return item
 
-# ----------------------------------------------------------------------------------------------
-# 8. Consistency: what should the student say about an image without a mask?
-# (UniMatch, Yang et al., CVPR 2023; the guidance term G is this paper's.)
+# 8. Consistency (UniMatch, Yang et al., CVPR 2023): what about an image without a mask? -----------
 #     total = (L_x + 1/2 mean over strong views of L_s + 1/2 L_fp) / 2
-#             + lambda (1/2 mean over strong views of G_s + 1/2 G_fp)
+#             + lambda (1/2 mean over strong views of G_s + 1/2 G_fp)       (this paper's)
 # with lambda = guidance (1 - step/steps). So x weighs 1/2, s1 and s2 1/8 each, fp 1/4.
 # L_x: cross-entropy with the mask. L_s, L_fp: with the teacher's pseudo-labels. G_s, G_fp: with the
 # labels of frozen CLIP. Nobody knows the mask of an unlabelled image, but it does not depend on the
@@ -783,8 +768,7 @@ class Targets(NamedTuple):
     confidence: torch.Tensor  # float32, its probability
     padding: torch.Tensor  # bool, True where the crop holds no image
     clip_label: torch.Tensor  # int64, frozen CLIP's label, or IGNORE
-    def map(self, change) -> "Targets":
-        """The same change to each of the four."""
+    def map(self, change) -> "Targets":  # the same change to each of the four
         return Targets(*(change(t) for t in self))
 
 @torch.no_grad()
@@ -807,7 +791,7 @@ def cutmix(mine: torch.Tensor, partner: torch.Tensor, box: torch.Tensor) -> torc
 
 def supervised_loss(logits, y):
     """Cross-entropy of logits [B, N, H, W] with masks y, int64 [B, H, W]: mean of known pixels, or
-    0 if a crop holds no label at all."""
+    0 if there are none."""
     loss = F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="sum")
     return loss / (y != IGNORE).sum().clamp(min=1)
 
@@ -815,8 +799,8 @@ def consistency_loss(logits, label, confidence, padding, conf_thresh=0.95, weigh
     """Cross-entropy with pseudo-labels: weighted sum over all pixels that are no padding, divided
     by their number (not by the sum of weights, so an image with few confident pixels counts less).
     logits [B, N, H, W]; label (int64), confidence, padding (bool) [B, H, W]. Weights: "pixel", 1
-    where the confidence reaches conf_thresh, else 0; "mean", the image's mean confidence; "share",
-    the share of its pixels that reach conf_thresh."""
+    where the confidence reaches conf_thresh, else 0; "share", an image's mean of that; "mean", its
+    mean confidence."""
     require(weighting in ("pixel", "mean", "share"), "weighting: take pixel, mean or share")
     valid, confidence = ~padding.bool(), confidence.detach()
     loss = F.cross_entropy(logits, label, reduction="none")  # [B, H, W]
@@ -850,8 +834,7 @@ def semivl_loss(logits: dict, y, targets: dict, guidance_weight: float, conf_thr
         total = (total + consistency) / 2 + guidance_weight * guidance
     return losses | {"total": total}
 
-# ----------------------------------------------------------------------------------------------
-# 9. Evaluation: how good is a model? Sliding window, one confusion matrix, mIoU
+# 9. Evaluation: how good is a model? Sliding window, one confusion matrix, mIoU -------------------
 # In: an image [3, H, W] of any size. Out: scores [N, H, W]; for a data set: IoU [N] in percent, of
 # the pixels of all images together (the mean of each image's own IoU is another number).
 
@@ -865,48 +848,57 @@ def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
 
 @torch.no_grad()
 def sliding_window(model, images, window: int, stride: int, mode: str = "logits"):
-    """Mean over overlapping windows of logits or of probabilities: [B, 3, H, W] -> [B, N, H, W].
-    The ViT is at its best at the size that it was trained at, so it gets large images in pieces.
-    window, stride (at most window): pixels. model: [B, 3, ., .] -> [B, N, ., .], in eval mode; at
-    an edge a piece may be smaller than the window. mode: also chooses the `window_starts`.
-        >>> image = torch.randn(1, 3, 50, 70)
-        >>> torch.allclose(sliding_window(lambda part: 2 * part, image, 32, 20), 2 * image)
-        True
-    """
-    B, _, H, W = images.shape
-    total, count = None, images.new_zeros(1, 1, H, W)
-    for top in window_starts(H, window, stride, mode):
-        for left in window_starts(W, window, stride, mode):
-            part = (..., slice(top, top + window), slice(left, left + window))
-            logits = model(images[part])
-            if total is None:
-                total = logits.new_zeros(B, logits.shape[1], H, W, dtype=torch.float32)
-            total[part] += logits.softmax(1) if mode == "probabilities" else logits
-            count[part] += 1
-    return total / count
+    """Mean over overlapping windows of logits or of probabilities: images [B, 3, H, W] -> strips
+    [B, N, rows, W] from top to bottom, each when no further window covers its rows: the scores of
+    a photograph may not fit into memory at once. The ViT is at its best at the size that it was
+    trained at, hence windows. model: images -> logits of any size. window, stride: pixels."""
+    H, W = images.shape[2:]
+    tops, lefts = window_starts(H, window, stride, mode), window_starts(W, window, stride, mode)
+    total, count = None, images.new_zeros(H, W)
+    for top, end in zip(tops, [*tops[1:], H]):
+        for left in lefts:
+            logits = model(images[..., top:top + window, left:left + window])
+            if total is None:  # of the rows that the windows cover at the moment
+                total = logits.new_zeros(*logits.shape[:2], min(window, H), W, dtype=torch.float32)
+            scores = logits.softmax(1) if mode == "probabilities" else logits
+            total[:, :, :scores.shape[2], left:left + window] += scores
+            count[top:top + window, left:left + window] += 1
+        total[:, :, :end - top] /= count[top:end]
+        yield total[:, :, :end - top]
+        total = F.pad(total[:, :, end - top:], (0, 0, 0, end - top))
 
-def segment(model, image: torch.Tensor, cfg: Config, device: torch.device) -> torch.Tensor:
-    """The authors' test protocol for one uint8 image [3, H, W] -> scores [N, H, W]."""
-    H, W = image.shape[1:]
-    if cfg.fit:  # the short side becomes as long as the window
-        image = VF.resize(image, scaled_size(H, W, cfg.crop / min(H, W)), antialias=True)
+def segment(model, image: torch.Tensor, cfg: Config, device: torch.device) -> tuple:
+    """The authors' test protocol: uint8 image [3, H, W] -> class, its probability, [H, W] each."""
+    (H, W), parts = image.shape[1:], []
+    if cfg.fit:  # the short side becomes as long as the window (less, if the image is a thin strip)
+        scale = min(cfg.crop / min(H, W), 8 * cfg.crop / max(H, W))
+        image = VF.resize(image, scaled_size(H, W, scale), antialias=True)
     images = image[None].to(device).float() / 255
     with autocast(cfg, device):
         stride = cfg.stride or 5 * cfg.crop // 6
-        scores = sliding_window(model, images, cfg.crop, stride, cfg.window_mode)
-    # Back to the mask's size. Here the authors align corners; in `SemiVL.forward` they do not.
-    return F.interpolate(scores, (H, W), mode="bilinear", align_corners=True)[0]
+        strips = sliding_window(model, images, cfg.crop, stride, cfg.window_mode)
+        for scores in [torch.cat([*strips], dim=2)] if cfg.fit else strips:
+            size = (H, W) if cfg.fit else scores.shape[2:]
+            best = total = torch.full(size, -math.inf, device=device)
+            label = torch.zeros(size, dtype=torch.uint8, device=device)
+            for n in range(0, scores.shape[1], 8):  # eight classes at a time take less memory
+                # Back to the mask's size. Here the authors align corners; in SemiVL they do not.
+                some = F.interpolate(scores[:, n:n + 8], size, mode="bilinear", align_corners=True)
+                score, index = some[0].max(0)
+                label = torch.where(score > best, (index + n).byte(), label)
+                best, total = best.maximum(score), total.logaddexp(some[0].logsumexp(0))
+            parts.append((label, best if cfg.window_mode == "probabilities" else
+                          (best - total).exp()))
+    return tuple(map(torch.cat, zip(*parts)))
 
 def confusion_matrix(prediction, target, classes: int) -> torch.Tensor:
-    """Pixel counts [N, N], rows truth, columns prediction, of two label maps of one shape. Pixels
-    whose target is IGNORE are left out."""
+    """Pixel counts [N, N], rows truth, columns prediction, of label maps; IGNORE is left out."""
     known = target != IGNORE
     truth, predicted = target[known].long(), prediction[known].long()
     return torch.bincount(classes * truth + predicted, minlength=classes**2).view(classes, classes)
 
 def iou_per_class(matrix: torch.Tensor) -> torch.Tensor:
-    """Confusion matrix [N, N] -> TP / (TP + FP + FN) in percent [N]; NaN for a class that occurs
-    neither in truth nor in prediction (mIoU is the `nanmean`)."""
+    """Confusion matrix [N, N] -> TP / (TP + FP + FN), percent [N]; NaN if a class never occurs."""
     hit = matrix.diag().double()
     return 100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)  # 0 / 0 is NaN
 
@@ -915,20 +907,20 @@ def evaluate(model, folder: Folder, entries: list, cfg: Config, device, title="e
     N = len(folder.classes)
     matrix = torch.zeros(N, N, dtype=torch.long, device=device)
     for entry in progress(entries[RANK::WORLD], title):  # this process's share
-        prediction = segment(model, folder.image(entry), cfg, device).argmax(0)
+        prediction, _ = segment(model, folder.image(entry), cfg, device)
         matrix += confusion_matrix(prediction, folder.mask(entry).to(device), N)
     return iou_per_class(over_processes(matrix).cpu())
 
-# ----------------------------------------------------------------------------------------------
-# 10. Training
+# 10. Training -------------------------------------------------------------------------------------
 # Under torchrun every process runs this file: item i of the data goes to process i % WORLD, DDP
 # averages the gradients, evaluation shares the images, and process 0 alone prints and writes.
 
 RANK, WORLD = (int(os.environ[name]) if dist.is_torchelastic_launched() else alone
                for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
-SECONDS = 0.5 if sys.stderr.isatty() else 60  # a bar that goes to a log file: a line a minute
-progress = partial(tqdm, mininterval=SECONDS, delay=SECONDS, leave=False, disable=RANK > 0)
-say = tqdm.write if RANK == 0 else str  # prints a line above the bars
+IN_LOG = {} if sys.stderr.isatty() else dict(  # no terminal: a line twice a minute, and no bar
+    mininterval=30, delay=30, bar_format="{desc}: {n_fmt} of {total_fmt}, {remaining} left\n")
+progress = partial(tqdm, leave=False, disable=RANK > 0, **IN_LOG)
+say = str if RANK else partial(print, flush=True) if IN_LOG else tqdm.write  # above the bars
 
 def over_processes(counts: torch.Tensor) -> torch.Tensor:
     """The sum over all processes."""
@@ -947,14 +939,6 @@ def pick_device(name: str) -> torch.device:
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
-
-def peak_memory(device: torch.device) -> float:
-    """The most GB that this process has held so far, on its GPU if it has one; 0 on Windows."""
-    if device.type == "cuda" or sys.platform == "win32":
-        return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
-    import resource
-    unit = 1e9 if sys.platform == "darwin" else 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 def autocast(cfg: Config, device: torch.device) -> torch.autocast:
     """bf16 for matrix products; softmax, norms and losses stay in float32 (torch's own lists)."""
@@ -991,16 +975,33 @@ def new_run(cfg: Config, labelled=()) -> Path:
     (path / "semivl.py").write_bytes(Path(__file__).read_bytes())
     return path
 
-def write_json(file: Path, content: dict, mode="w") -> None:
-    """A line of JSON, in which NaN is null."""
-    with open(file, mode, encoding="utf-8") as out:
-        out.write(re.sub(r"\bNaN\b", "null", json.dumps(content)) + "\n")
+def to_json(content: dict) -> str:
+    """A line of JSON. NaN and infinity, which JSON does not know, become null."""
+    return json.dumps(json.loads(json.dumps(content), parse_constant=lambda _: None)) + "\n"
 
-def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None) -> None:
+def open_log(run: Path):
+    """RUN/log.jsonl, locked as long as this process lives: no other one may work in the folder."""
+    log = open(run / "log.jsonl", "a", 1, encoding="utf-8")
+    try:
+        import fcntl
+        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError) as error:  # Windows, or a disk without locks, but for:
+        require(not isinstance(error, (BlockingIOError, PermissionError)),
+                f"{run}: another process is at work in it; wait for its end")
+    return log
+
+def say_table(corner: str, rows: list[str], columns: dict, form: str) -> None:
+    """columns: title -> numbers (a tensor), one for each row."""
+    wide = max(map(len, [corner, *rows])) + 2
+    for name, *cells in [(corner, *columns), *zip(rows, *(c.tolist() for c in columns.values()))]:
+        say(f"{name:{wide}}" + "".join(f"{c:>16{'' if c in columns else form}}" for c in cells))
+
+def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, log=None) -> None:
     """A whole run, from the settings to last.pt and the table of IoU. folder: instead of --dataset.
-    saved: the content of a last.pt; the run goes on as if it had never stopped, bit for bit."""
+    saved: content of a last.pt, log: its `open_log`: the run goes on to the same weights."""
     # 1. Device, data, CLIP and the words it reads, three networks, optimiser; resume.
     device, folder = pick_device(cfg.device), folder or open_data(cfg)
+    cuda = device.type == "cuda"
     labelled = saved["labelled"] if saved else draw_labelled(folder, cfg.labels, cfg.seed)
     taken = dict(labelled)
     unlabelled = [(image, None) for image, _ in folder.train if image not in taken]
@@ -1008,9 +1009,14 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None) 
     require(cfg.batch % WORLD == 0, f"--batch {cfg.batch} cannot be shared by {WORLD} processes")
     require(not saved or [*saved["classes"].items()] == [*folder.classes.items()],
             f"{folder.path}: other classes than those that the run started with")
+    lists = {f"{name}.txt": hashlib.sha256(repr(getattr(folder, name)).encode()).hexdigest()
+             for name in ("train", "val", "test")}
+    changed = [f for f in lists if saved and saved["lists"].get(f, lists[f]) != lists[f]]
+    require(not changed, f"{folder.path}: {', '.join(changed)}: changed since the run started; add "
+            f"--dataset {folder.path} to go on with it all the same")
     # The named sets were checked when they were made: of them, only what has a mask is opened.
-    check_folder(folder, labelled + folder.val + folder.test + unlabelled * (
-        cfg.dataset not in PRESETS))
+    folder.check({"labelled": labelled, "validation": folder.val, "test": folder.test,
+                  "unlabelled": [] if cfg.dataset in PRESETS else unlabelled})
     # Without unlabelled images a run is as long as with them, so that the two can be compared.
     cfg.steps = cfg.steps or cfg.epochs * max(1, len(unlabelled or labelled) // cfg.batch)
     torch.manual_seed(cfg.seed)
@@ -1021,30 +1027,25 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None) 
     frozen = copy_trained(student.clip)  # CLIP as it is before the first step
     guidance = FrozenGuidance(frozen, concepts, sizes, cfg.guidance_conf).to(device)
     by_names = FrozenGuidance(frozen, names, [1] * len(names)).to(device)  # only to compare
-    teacher, optimizer = EMATeacher(student, cfg.ema), make_optimizer(student, cfg)
+    ema, optimizer = EMATeacher(student, cfg.ema), make_optimizer(student, cfg)
     parallel = nn.parallel.DistributedDataParallel(student) if WORLD > 1 else student
-    state, modules = dict(step=0, last=-1.0, best=-1.0), dict(
-        student=student, model=teacher.model, optimizer=optimizer)
-    if saved:
-        state = {name: saved[name] for name in state}
-        for name, module in modules.items():
-            module.load_state_dict(saved[name])
+    modules = dict(student=student, model=ema.model, optimizer=optimizer)
+    state = {name: saved[name] if saved else -1.0 for name in ("last", "best")}
+    state["step"] = saved["step"] if saved else 0
+    for name, module in modules.items() if saved else ():
+        module.load_state_dict(saved[name])
     out = Path(cfg.out) if saved else new_run(cfg, labelled) if RANK == 0 else None
-    def save(name):
-        """Replaces the old file only when the new one is complete on the disk."""
+    log = log or (open_log(out) if RANK == 0 else None)
+    def save(name):  # replaces the old file when the new one is complete
         content = {key: module.state_dict() for key, module in modules.items()
                    if key == "model" or name == "last.pt"}  # of what they share one copy is written
         content |= dict(state, config=dataclasses.asdict(cfg), classes=folder.classes,
-                        clip=clip_config, labelled=labelled)
+                        clip=clip_config, labelled=labelled, lists=lists)
         with about(f"{out / name} (make room; what was saved before is whole)"):
-            with open(out / "new.tmp", "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
+            torch.save(content, out / "new.tmp")
             (out / "new.tmp").replace(out / name)
     def miou(model, entries=folder.val):
         return float(evaluate(model, folder, entries, cfg, device).nanmean())
-
     say(f"{len(labelled)} labelled, {len(unlabelled)} unlabelled, {len(folder.val)} validation, "
         f"{len(folder.test)} test images; {cfg.steps} steps on {device}; writes to {out}")
     if not saved:
@@ -1055,7 +1056,7 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None) 
     loader = DataLoader(
         data, cfg.batch // WORLD, num_workers=min(cfg.workers, os.cpu_count() or 1),
         sampler=range(state["step"] * cfg.batch + RANK, cfg.steps * cfg.batch, WORLD),
-        pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt)
+        pin_memory=cuda, worker_init_fn=ignore_interrupt)
     stop, seconds, every, clock = [], [], math.ceil(cfg.steps / cfg.evals), time.perf_counter()
     for sign in (signal.SIGINT, signal.SIGTERM):  # a second signal ends the program at once
         signal.signal(sign, lambda n, _: stop.append(signal.signal(n, signal.default_int_handler)))
@@ -1066,7 +1067,6 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None) 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(group["base_lr"], step, cfg.steps)
         guidance_weight = cfg.guidance * (1 - step / cfg.steps)
-
         # 3. Teacher and frozen CLIP label the weak views. CutMix changes images and targets alike;
         # partners are the batch in reverse order, so each image is loaded and labelled once.
         images, targets = {"x": batch["x"]}, {}
@@ -1074,14 +1074,13 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None) 
         chunks = [slice(i, i + size) for i in range(0, len(batch["x"]), size)]
         if cfg.unlabelled:
             with autocast(cfg, device):
-                own = [make_targets(teacher, cfg.guidance and guidance, batch["w"][c].float() / 255,
-                                    batch["padding"][c]) for c in chunks]
+                own = [make_targets(ema.model, cfg.guidance and guidance, w.float() / 255, padding)
+                       for w, padding in zip(batch["w"].split(size), batch["padding"].split(size))]
             own = Targets(*map(torch.cat, zip(*own)))  # [batch, H, W] each
             for view in data.views:
                 paste = lambda mine: cutmix(mine, mine.flip(0), batch[f"{view}_box"])  # noqa: E731
                 images[view], targets[view] = paste(batch[view]), own.map(paste)
             images["fp"], targets["fp"] = batch["w"], own
-
         # 4. The student predicts all views of a micro-batch in one forward; losses; backward.
         losses = {}
         for c in chunks:
@@ -1098,7 +1097,6 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None) 
             (terms["total"] / len(chunks)).backward()
             for name, loss in terms.items():
                 losses[name] = losses.get(name, 0.0) + loss.detach() / len(chunks)
-
         # 5. If the loss is not finite, stop before a weight changes. Optimiser; teacher.
         if targets:  # share of pixels with a confident pseudo-label
             sure = (own.confidence >= cfg.conf) & ~own.padding
@@ -1111,33 +1109,34 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None) 
         optimizer.zero_grad()
         for buffer in student.buffers() if WORLD > 1 else ():
             dist.broadcast(buffer, 0)  # batch-norm statistics: each process had its own
-        teacher.update(student, step)
-
+        ema.update(student, step)
         # 6. Log; now and then evaluate, draw, save.
         line["step"] = state["step"] = step = step + 1
         line["seconds"] = time.perf_counter() - clock
         seconds.append(line["seconds"])
         evaluated = step % every == 0 or step == cfg.steps
         if evaluated:
-            line["val_miou"] = state["last"] = miou(teacher)
+            state["last"] = miou(ema.model)
             say(f"step {step}: loss {line['total']:.3f}, kept {line.get('kept', 0):.2f}, mIoU "
                 f"{state['last']:.1f} (validation), {np.median(seconds[1:] or seconds):.3g} s a "
-                f"step, {peak_memory(device):.1f} GB")
+                "step" + cuda * f", {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB")
         better, state["best"] = state["last"] > state["best"], max(state["best"], state["last"])
         # 7. After a signal to any process, all of them save and leave.
         stopping = over_processes(torch.tensor(len(stop), device=device)) > 0
         if RANK == 0:
-            write_json(out / "log.jsonl", line, "a")
+            log.write(to_json(line))
+            if evaluated:
+                log.write(to_json(dict(step=step, val_miou=state["last"])))
             for name in ["best.pt"] * better + ["last.pt"] * (
                     evaluated or stopping or step % cfg.save_every == 0):
                 save(name)
             if evaluated:
-                save_sheet(out / "sheet.png", folder, guidance, teacher, cfg, device)
+                save_sheet(out / "sheet.png", folder, guidance, ema.model, cfg, device)
         if stopping:
             say(f"stopped after step {step}; go on by --resume {out}")
             raise KeyboardInterrupt
         clock = time.perf_counter()
-    models = {"CLIP by names": by_names, "by definitions": guidance, "SemiVL": teacher}
+    models = {"CLIP by names": by_names, "by definitions": guidance, "SemiVL": ema.model}
     report(models, folder, cfg, device, out, val_last=state["last"], val_best=state["best"])
 
 def report(models: dict, folder: Folder, cfg: Config, device, out: Path | None, **more) -> None:
@@ -1146,17 +1145,13 @@ def report(models: dict, folder: Folder, cfg: Config, device, out: Path | None, 
     table, names = {}, [*folder.classes, "mIoU"]
     for title, model in models.items():
         iou = evaluate(model, folder, entries, cfg, device, split)
-        table[title] = dict(zip(names, [*iou.tolist(), float(iou.nanmean())]))
+        table[title] = torch.cat([iou, iou.nanmean()[None]])
     if out and RANK == 0:
-        write_json(out / "result.json", more | {split: table})
-    wide = max(map(len, names)) + 2
-    say(f"{'IoU, ' + split:{wide}}" + "".join(f"{title:>16}" for title in table))
-    for name in names:
-        say(f"{name:{wide}}" + "".join(f"{column[name]:16.1f}" for column in table.values()))
+        more[split] = {title: dict(zip(names, iou.tolist())) for title, iou in table.items()}
+        (out / "result.json").write_text(to_json(more), encoding="utf-8")
+    say_table(f"IoU, {split}", names, table, ".1f")
 
-# ----------------------------------------------------------------------------------------------
-# 11. Weights: CLIP's, the authors', our checkpoints
-
+# 11. Weights: CLIP's, the authors', our checkpoints -----------------------------------------------
 def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
     """The CLIP that --clip, --clip-tag and --clip-weights name, and open_clip's config of it."""
     name, tag, weights = cfg.clip, cfg.clip_tag, cfg.clip_weights
@@ -1172,18 +1167,21 @@ def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
         require(weights or known.get("quick_gelu", quick) == quick,
                 f"{tag} was trained with the other GELU; add or drop -quickgelu")
         if not weights:
-            return open_clip.create_model(name, None if ":" in name else tag,
-                                          require_pretrained=True), config
+            say(f"{name}: weights {tag}, fetched first if they are not on this disk")
+            tag = None if ":" in name else tag
+            return open_clip.create_model(name, tag, require_pretrained=True), config
         clip = open_clip.CLIP(**config)
-        if weights != "none":  # tensors only, and all of them; TorchScript, being code, is refused
-            clip.load_state_dict(open_clip.factory.load_state_dict(weights))
-    say(f"note: {name} with {'random weights' if weights == 'none' else weights} uses "
-        f"{'Quick' * quick}GELU; a file does not tell which one it was trained with")
+        if weights != "none":  # all of the tensors, and nothing but tensors
+            # Loading TorchScript runs what is in it; OpenAI's own files are known by their SHA-256.
+            digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+            own = digest not in open_clip.get_pretrained_url(name, "openai")
+            clip.load_state_dict(open_clip.factory.load_state_dict(weights, weights_only=own))
+            say(f"note: {name} uses {'Quick' * quick}GELU; {weights} does not tell whether it was "
+                "trained with it")
     return clip, config
 
 def resnet_stem(weights: str) -> nn.Module:
-    """Stem and first stage of timm's resnet101c: images [B, 3, H, W] in [0, 1] ->
-    [[B, 256, ceil(H/4), ceil(W/4)]]. weights: as the setting `conv_weights`."""
+    """Start of timm's resnet101c: images [B, 3, H, W] in [0, 1] -> [[B, 256, H/4, W/4]]."""
     import timm  # comes with open_clip
     with about(weights or "resnet101c (or give --conv-weights FILE)"):
         net = timm.create_model("resnet101c", not weights, features_only=True, out_indices=(1,))
@@ -1200,30 +1198,26 @@ def build_model(cfg: Config, visual: nn.Module, text: torch.Tensor, conv_weights
     statistics = (IMAGENET_MEAN, IMAGENET_STD) if cfg.authors_clip and not cfg.conv_skip else ()
     clip = DenseCLIP(visual, (side, side), cfg.authors_clip, *statistics)
     E, D = spatial_fine_tuning(clip, cfg.finetune).embed_dim, clip.width
-    if cfg.decoder == "vision":
-        return SemiVL(clip, VisionDecoder(E, D, len(text)), text)
-    if cfg.conv_skip:
-        decoder = LanguageGuidedDecoder(E, 256, D, shallow_width=32, recompute=cfg.recompute)
-        return SemiVL(clip, decoder, text, resnet_stem(conv_weights))
-    return SemiVL(clip, LanguageGuidedDecoder(E, D, D, recompute=cfg.recompute), text)
+    shallow, width = (256, 32) if cfg.conv_skip else (D, 16)
+    decoder = VisionDecoder(E, D, len(text)) if cfg.decoder == "vision" else (
+        LanguageGuidedDecoder(E, shallow, D, width, cfg.recompute))
+    return SemiVL(clip, decoder, text, resnet_stem(conv_weights) if cfg.conv_skip else None)
 
 AUTHORS_NAMES = """module.> decode_head.layers>decoder.semantic decode_head.conv1>decoder.lift
 transformer.ffn.layers.0.0>layer.linear1 transformer.ffn.layers.1>layer.linear2
 transformer.attn.attn>layer.self_attn transformer.ln>layer.norm aspp_convs.4.gap.1>pooled.0
-aspp_convs.4.gap.2>pooled.1 aspp_convs>branches up1.conv.3>up1.convs.1.0 up1.conv.4>up1.convs.1.1
-up1.conv.>up1.convs.0. up2.conv.3>up2.convs.1.0 up2.conv.4>up2.convs.1.1 up2.conv.>up2.convs.0.
-skip_proj.0>deep_proj skip_proj.1>shallow_proj decode_head>decoder conv_encoder.stem.7>conv.1.bn1
-conv_encoder.stem>conv.1.conv1 conv_encoder>conv.1 backbone.ln0>clip.visual.ln_pre
-backbone.ln1>clip.visual.ln_post backbone.cls_token>clip.visual.class_embedding
-backbone.pos_embed>clip.visual.positional_embedding backbone.proj.weight>clip.visual.proj
-backbone.patch_embed.projection>clip.visual.conv1 attn.attn>attn .ln1>.ln_1 .ln2>.ln_2
-backbone.layers>clip.visual.transformer.resblocks ffn.layers.0.0>mlp.c_fc ffn.layers.1>mlp.c_proj"""
+aspp_convs.4.gap.2>pooled.1 aspp_convs>branches skip_proj.0>deep_proj skip_proj.1>shallow_proj
+decode_head>decoder conv_encoder.stem.7>conv.1.bn1 conv_encoder.stem>conv.1.conv1
+conv_encoder>conv.1 backbone.ln0>clip.visual.ln_pre backbone.ln1>clip.visual.ln_post
+backbone.cls_token>clip.visual.class_embedding backbone.pos_embed>clip.visual.positional_embedding
+backbone.proj.weight>clip.visual.proj backbone.patch_embed.projection>clip.visual.conv1
+backbone.layers>clip.visual.transformer.resblocks attn.attn>attn .ln1>.ln_1 .ln2>.ln_2
+ffn.layers.0.0>mlp.c_fc ffn.layers.1>mlp.c_proj"""
 
 def load_authors_checkpoint(state_dict: dict, text: torch.Tensor, heads=None) -> SemiVL:
-    """The authors' weights, `load_file("best.pth")["model"]`, as a SemiVL in eval mode.
-    text: [N, E], the first that `describe_classes` returns (Cityscapes: with decoder_text="mean").
-    heads: of the ViT, by default its width / 64: the tensors do not show it. Tensors that are
-    missing, too many or misshapen raise KeyError, RuntimeError or ValueError."""
+    """The authors' weights, `load_file("best.pth")["model"]`, as a SemiVL in eval mode. KeyError,
+    RuntimeError or ValueError if a tensor is missing, unknown or misshapen. text: [N, E], the first
+    that `describe_classes` returns (Cityscapes: decoder_text="mean"). heads: of the ViT."""
     weights, vit = {}, "clip.visual."
     for name, tensor in state_dict.items():
         for pair in AUTHORS_NAMES.split():  # theirs>ours, replaced in this order
@@ -1263,9 +1257,7 @@ def load_checkpoint(file: str, typed: dict) -> tuple[SemiVL, Config, dict]:
         model.load_state_dict(content["model"])
     return model.eval(), cfg, content["classes"]
 
-# ----------------------------------------------------------------------------------------------
-# 12. Pictures: masks in colours, the sheet of a run
-
+# 12. Pictures: masks in colours, the sheet of a run -----------------------------------------------
 def colour_mask(mask: torch.Tensor, classes) -> Image.Image:
     """Class numbers [H, W] -> palette image whose values are still the class numbers."""
     palette = [255] * 768  # three numbers each; IGNORE is white
@@ -1283,15 +1275,14 @@ def save_sheet(file: Path, folder: Folder, guidance, teacher, cfg: Config, devic
     classes, cells = list(folder.classes), []
     for entry in folder.val[::math.ceil(len(folder.val) / 6)]:
         image = folder.image(entry)
-        scores = segment(teacher, image, cfg, device)
-        of_clip, label = segment(guidance, image, cfg, device).argmax(0), scores.argmax(0)
-        confidence = (scores if cfg.window_mode == "probabilities" else scores.softmax(0)).amax(0)
+        (of_clip, _), (label, confidence) = (
+            segment(model, image, cfg, device) for model in (guidance, teacher))
         pale = Image.fromarray((170 * (confidence < cfg.conf)).byte().cpu().numpy())
-        row = [colour_mask(m, classes) for m in (folder.mask(entry), of_clip, label, label)]
-        row[2] = Image.composite(Image.new("RGB", pale.size, "white"), row[2].convert("RGB"), pale)
+        row = [VF.to_pil_image(image)] + [colour_mask(m, classes).convert("RGB") for m in (
+            folder.mask(entry), of_clip, label, label)]
+        row[3].paste("white", mask=pale)
         how = Image.Resampling.NEAREST if max(pale.size) <= side else Image.Resampling.BOX
-        cells += [VF.pil_to_tensor(ImageOps.pad(cell.convert("RGB"), (side, side), how, "white"))
-                  for cell in (VF.to_pil_image(image), *row)]
+        cells += [VF.pil_to_tensor(ImageOps.pad(c, (side, side), how, "white")) for c in row]
     grid = VF.to_pil_image(make_grid(torch.stack(cells), len(titles), padding=6, pad_value=255))
     columns, top = grid.width // 140, grid.height + 28
     sheet = Image.new("RGB", (grid.width, top + 20 * math.ceil(len(classes) / columns)), "white")
@@ -1305,30 +1296,34 @@ def save_sheet(file: Path, folder: Folder, guidance, teacher, cfg: Config, devic
         write((x + 20, y), name)
     sheet.save(file)
 
-# ----------------------------------------------------------------------------------------------
-# 13. Command line
-
+# 13. Command line ---------------------------------------------------------------------------------
 def predict(checkpoint: str, images: list[str], typed: dict) -> None:
     """--predict: NAME-mask.png (class numbers, in colours) and NAME-overlay.png of each image."""
     model, cfg, classes = load_checkpoint(checkpoint, typed)
-    device, out = pick_device(cfg.device), Path(cfg.out or Path(checkpoint).parent / "predictions")
+    device, problems = pick_device(cfg.device), []
+    out = Path(cfg.out or Path(checkpoint).parent / "predictions")
     out.mkdir(parents=True, exist_ok=True)
-    for name in images:
-        file, image = out / f"{Path(name).stem}-mask.png", read_image(name)
-        require(not file.exists(), f"{file}: exists; remove it, or give another --out")
-        mask = colour_mask(segment(model.to(device), image, cfg, device).argmax(0), classes)
-        overlay = Image.blend(VF.to_pil_image(image), mask.convert("RGB"), 0.55)
-        overlay.save(out / f"{Path(name).stem}-overlay.png")
-        mask.save(file)
-        say(f"{file}: {', '.join([*classes][n] for n in np.unique(mask))}")
+    for name in progress(images, "predict"):
+        file, overlay = (out / f"{Path(name).stem}-{kind}.png" for kind in ("mask", "overlay"))
+        try:
+            require(not file.exists(), f"{file}: exists; remove it, or give another --out")
+            label, _ = segment(model.to(device), image := read_image(name), cfg, device)
+            mask = colour_mask(label, classes)
+            Image.blend(VF.to_pil_image(image), mask.convert("RGB"), 0.55).save(overlay)
+            mask.save(file)
+            say(f"{file}: {', '.join([*classes][n] for n in label.unique())}")
+        except ValueError as error:  # the other images are predicted all the same
+            problems.append(str(error))
+    require(not problems, "\n".join(problems))
 
 def benchmark(cfg: Config) -> None:
     """--benchmark: four steps of `train` itself on noise, with random weights."""
     entries, size = [(f"{i}.png", f"{i}.png") for i in range(2 * cfg.batch)], (cfg.crop, cfg.crop)
     classes = DEFINITIONS.get(cfg.dataset) or open_data(cfg).classes
-    noise = Folder(Path("noise"), classes, IGNORE, entries, entries[:1], [])
+    noise = Folder(Path("noise"), classes, {}, False, entries, entries[:1], [])
     noise.image = lambda entry: torch.randint(256, (3, *size), dtype=torch.uint8)
     noise.mask = lambda entry: torch.zeros(size, dtype=torch.uint8)
+    noise.check = lambda lists: None
     with tempfile.TemporaryDirectory() as place:
         changes = dict(labels=cfg.batch, steps=4, evals=1, workers=0, out=f"{place}/run")
         train(dataclasses.replace(cfg, clip_weights="none", conv_weights="none", **changes), noise)
@@ -1357,18 +1352,21 @@ def main(argv=None) -> int:
     """Runs the command line; exit code 2 and one line for a user's mistake, 130 for Ctrl-C."""
     try:
         args, typed = parse_args(argv)
-        known = {"device", "dataset", "root", "workers"} if args.resume else {
-            "device", "dataset", "root", "out", "stride"} if args.eval or args.predict else {*typed}
+        run, known = args.resume, {"device", "dataset", "root", "workers"}
+        known |= set() if run else {"out", "stride"} if args.eval or args.predict else {*typed}
         require({*typed} <= known, f"of the options only {', '.join(known)} may be given here")
-        if args.resume:
-            saved = load_file(Path(args.resume) / "last.pt", *(
-                "model config classes student optimizer labelled step last best".split()))
-            train(Config(**saved["config"] | typed | dict(out=args.resume)), saved=saved)
+        if run:
+            require((Path(run) / "last.pt").is_file(), f"{run}: not a run's folder with last.pt")
+            log = open_log(Path(run)) if RANK == 0 else None
+            saved = load_file(Path(run) / "last.pt", *("model config classes student optimizer "
+                              "labelled lists step last best").split())
+            saved["lists"] = {} if "dataset" in typed else saved["lists"]
+            train(Config(**saved["config"] | typed | dict(out=run)), None, saved, log)
         elif args.eval:
             model, cfg, classes = load_checkpoint(args.eval, typed)
             folder, device = open_data(cfg), pick_device(cfg.device)
             require([*folder.classes] == [*classes], f"{folder.path}: other classes")
-            check_folder(folder, folder.val + folder.test)
+            folder.check({"validation": folder.val, "test": folder.test})
             out = new_run(cfg) if cfg.out and RANK == 0 else None
             report({"SemiVL": model.to(device)}, folder, cfg, device, out)
         elif args.predict:
@@ -1383,7 +1381,9 @@ def main(argv=None) -> int:
     except (ValueError, OSError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
         text = str(error).strip() + " beside semivl.py" * isinstance(error, ModuleNotFoundError)
         if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
-            text = "out of memory: take a smaller --micro-batch or --crop"
+            text = "out of memory: " + (
+                "take --device cpu, or smaller images" if args.eval or args.predict or args.resume
+                else "take a smaller --micro-batch or --crop, or --recompute on")
         elif isinstance(error, RuntimeError) and "DataLoader worker" not in text:
             raise
         # An error of a loader process comes with that process's traceback in front.
