@@ -63,9 +63,7 @@ def progress(iterable, title: str, **more) -> tqdm:
         mininterval=30, delay=30, bar_format="{desc}: {n_fmt} of {total_fmt}, {remaining} left\n")
     return tqdm(iterable, title, **lines, **more)
 
-# ----------------------------------------------------------------------------------------------
-# The published data sets
-# ----------------------------------------------------------------------------------------------
+# The published data sets --------------------------------------------------------------------------
 
 # Of the 34 classes in the files of Cityscapes, 19 are trained; the others are ignored.
 TRAINED = [c for c in Cityscapes.classes if 0 <= c.train_id < IGNORE]
@@ -332,10 +330,9 @@ def prepare(name: str, root="data", source: str | None = None) -> Path:
                 raise OSError(f"{target} cannot be made: {error}") from None
     return target
 
-# ----------------------------------------------------------------------------------------------
-# The toy world. An icon is a list of "kind colour coordinates" parts, painted in that order on the
+# The toy world ------------------------------------------------------------------------------------
+# An icon is a list of "kind colour coordinates" parts, painted in that order on the
 # square from (-1, -1) at the top left to (1, 1); "body" is the icon's own colour and pattern.
-# ----------------------------------------------------------------------------------------------
 
 SCENE = 64  # side of a scene in pixels; also CLIP's input size
 CORPUS_SIDE = 40  # side of an image that CLIP is pre-trained on
@@ -614,9 +611,8 @@ def make_toy(folder: Path) -> None:
         "model_cfg": CLIP_CONFIGS["toy"], "preprocess_cfg": {
             "mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}})
 
-# ----------------------------------------------------------------------------------------------
-# Your own pictures. A label is (class name, its number in masks, its colour in masks or None).
-# ----------------------------------------------------------------------------------------------
+# Your own pictures --------------------------------------------------------------------------------
+# A label is (class name, its number in masks, its colour in masks or None).
 
 NO_LABEL = ("void", "ignore", "__ignore__", "unlabeled", "unlabelled")  # these are no classes
 
@@ -704,17 +700,20 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
     require(len(masked) > 1, f"{masks}: one mask only; training and validation need one each")
     found = [count_pixels(mask) for _, mask in progress(masked, "read masks")]
     require(not (problems := [told for told in found if isinstance(told, str)]), *problems)
-    tables = [{label[i]: label[0] for label in labels} for i in (1, 2)]
-    fits = [sum({*counts[i]} <= {*tables[i], IGNORE} for counts in found) for i in (0, 1)]
-    known = bool(labels and labels[0][2])  # what fits both ways, as VOC's palette may, is colours
-    colored = any(not numbers for numbers, _ in found) or known and fits[1] >= fits[0]
+    numbers = {number: name for name, number, _ in labels}
+    colors = {color: name for name, _, color in labels if color}
+    fits = [sum({*counts[i]} <= {*table, IGNORE} for counts in found)
+            for i, table in enumerate((numbers, colors))]
+    # Masks with a palette, as VOC's, may fit both ways: then their colours are meant.
+    colored = any(not counts[0] for counts in found) or bool(colors) and fits[1] >= fits[0]
     pixels, shown = Counter(), Counter()
     for counts in found:
         pixels.update(counts[colored])
         shown.update([*counts[colored]])
     require(labels, f"masks hold {sorted(pixels)[:30]}: name 0, 1, 2 ... by --classes a,b,c, other "
             "values by --labelmap FILE with lines VALUE, NAME, colours with lines NAME:R,G,B")
-    names, ends = tables[known and colored], ((0, 255), ((0, 0, 0), (255, 255, 255)))[colored]
+    names = colors if colors and colored else numbers  # value in the masks -> class
+    ends = ((0, 0, 0), (255, 255, 255)) if colored else (0, 255)
     if [*names] == [0, 1] and ends[1] in pixels.keys() <= {*ends}:
         names = dict(zip(ends, names.values()))
         print("note: masks hold 0 and 255 only; read as {} and {}".format(*names.values()))
@@ -724,16 +723,17 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
     for (_, mask), counts in zip(masked, found):
         if wrong := sorted((v, n) for v, n in counts[colored].items() if v not in names):
             told = ", ".join(f"{v}: {n} pixels" for v, n in wrong[:8]) + ", ..." * (len(wrong) > 8)
-            where = source if known or not colored else "a --labelmap: a line NAME:R,G,B for each"
+            where = source if colors or not colored else "a --labelmap: a line NAME:R,G,B for each"
             problems.append(f"{mask}: no class has {told}; correct it, or name it in {where}")
     require(not problems, *problems)
 
     count = max(1, min(len(masked) - 1, round(val * len(masked))))
     drawn = {*random.Random(seed).sample(masked, count)}
-    plain = [*keys.values()] == [*range(len(keys))]
-    content = {"classes": [*keys], "ignore_index": ignore, **({} if plain else {"colors": keys}),
-               "made": {"images": os.path.relpath(images, home),
-                        "masks": os.path.relpath(masks, home), "val": val, "seed": seed}}
+    content = {"classes": [*keys], "ignore_index": ignore, "made": {
+        "images": os.path.relpath(images, home), "masks": os.path.relpath(masks, home),
+        "val": val, "seed": seed}}
+    if [*keys.values()] != [*range(len(keys))]:
+        content["colors"] = keys
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".splits-", dir=home) as temporary:
         new = [Path(temporary) / path.name for path in made]

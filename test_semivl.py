@@ -301,12 +301,6 @@ def test_torchscript_is_loaded_only_if_it_is_openais_own(tmp_path, monkeypatch):
     loaded = semivl.load_clip(cfg)[0].state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in clip.state_dict().items())
 
-def test_perturbation_touches_only_the_last_images():
-    model, images = tiny_model().eval(), torch.rand(3, 3, 64, 64)
-    clean, perturbed = model(images), model(images, num_perturbed=1)
-    torch.testing.assert_close(clean[:2], perturbed[:2], rtol=0, atol=1e-5)
-    assert (clean[2] - perturbed[2]).abs().max() > 1e-3
-
 def test_the_teacher_follows_the_formula():
     student = tiny_model()
     teacher = semivl.EMATeacher(student, decay=0.9)
@@ -516,15 +510,6 @@ def test_every_item_is_a_function_of_seed_and_position(folder):
 def test_random_scale_fits_the_image_as_published(size, r, expected):
     assert semivl.random_size(*size, Config(scale_min=r, scale_max=r)) == expected
 
-def test_masks_are_resized_to_the_nearest_of_cv2_with_fit_and_of_pil_without(monkeypatch):
-    image, mask = torch.zeros(3, 4, 10, dtype=torch.uint8), torch.arange(40).byte().view(4, 10)
-    monkeypatch.setattr(semivl, "random_size", lambda *_: [4, 7])
-    monkeypatch.setattr(torch, "rand", lambda *_: torch.tensor(1.0))  # no flip
-    with_fit, without = (semivl.scale_crop_flip(image, mask, Config(crop=7, fit=fit))[1][0].tolist()
-                         for fit in (True, False))
-    pil = Image.fromarray(mask.numpy()).resize((7, 4), Image.Resampling.NEAREST)
-    assert with_fit == [int(i * 10 / 7) for i in range(7)] != without == np.array(pil)[0].tolist()
-
 def test_cutmix_boxes_have_the_published_distribution():
     torch.manual_seed(0)
     boxes = torch.stack([semivl.cutmix_box(100) for _ in range(4000)]).double()
@@ -627,20 +612,6 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_written(folder, tmp_
     assert run(folder, tmp_path / "run", "--lr", "1e30", "--steps", 50) == 2
     assert "Lower --lr, or look at these files: images/" in capsys.readouterr().err
     assert len(logged(tmp_path / "run")) < 50 and not list(tmp_path.glob("run/*.pt"))
-
-def test_a_full_disk_loses_nothing_that_was_saved(whole, tmp_path, capsys):
-    resource = pytest.importorskip("resource")
-    shutil.copytree(whole, tmp_path / "run")
-    content = semivl.load_file(file := tmp_path / "run/last.pt")
-    content["config"]["steps"] = 14
-    torch.save(content, file)
-    saved, (soft, hard) = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(saved) // 2, hard))  # as if the disk was full
-    try:
-        assert semivl.main(["--resume", str(tmp_path / "run")]) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "make room" in capsys.readouterr().err.splitlines()[-1] and file.read_bytes() == saved
 
 def test_a_run_goes_on_with_its_own_lists_or_with_those_that_are_named(whole, tmp_path, capsys):
     shutil.copytree(whole.parent, tmp_path / "a")
@@ -770,7 +741,6 @@ MISTAKES = {  # what is wrong -> (file, content or picture; or options), words o
         "dataset.json", b'{"classes": ["a", "b"], "ignore_index": 0}', "0 is a class, too"),
     "a blank in a name": ("splits/train.txt", b"images/my photo.png\n", "TAB"),
     "nothing left unlabelled": ("splits/train.txt", pairs(0, 1), "--unlabelled off"),
-    "no such folder": "--dataset nowhere | dataset.json",
     "more labels than masks": "--labels 200 | --labels 200",
     "unknown CLIP": "--clip ViT-Z | ViT-Z",
     "a CLIP with a foreign text tower": "--clip roberta-ViT-B-32 | no plain ViT",
@@ -780,7 +750,6 @@ MISTAKES = {  # what is wrong -> (file, content or picture; or options), words o
     "malicious stem weights": "--conv-skip on --conv-weights bad.pt | bad.pt",
     "windows with gaps between them": "--stride 33 | pixels would be left out",
     "a crop below the patch": "--crop 7 --stride 7 | patch",
-    "unknown device": "--device quantum | quantum",
     "no such checkpoint": "--eval nowhere.pt | no such file",
     "a folder for a checkpoint": "--eval masks | is a directory",
     "a file for a run": "--resume dataset.json | not a run's folder",
@@ -974,25 +943,6 @@ def test_a_broken_transfer_goes_on_where_it_stopped(ranges, host, tmp_path):
     with pytest.raises((OSError, http.client.HTTPException)):  # this one never sends the rest
         data_prep.download(f"{host.url}/b", tmp_path / "b")
 
-def test_a_wrong_md5_is_refused_and_the_mirror_used(host, monkeypatch, tmp_path, capsys):
-    archive, = publish("voc", host, monkeypatch)
-    host.files[f"/first/{archive}"] += b"spoilt"
-    assert data_prep.main(["voc", "--root", str(tmp_path)]) == 0
-    assert {(f"/first/{archive}", 0), (f"/second/{archive}", 0)} < set(host.seen)
-    host.files.pop(f"/second/{archive}")
-    assert data_prep.main(["voc", "--root", str(tmp_path / "other")]) == 2
-    assert "MD5 is wrong" in capsys.readouterr().err and not (tmp_path / "other/voc").exists()
-
-def test_an_interrupted_build_is_absent_and_fetches_no_more(host, monkeypatch, tmp_path):
-    publish("coco", host, monkeypatch)
-    with monkeypatch.context() as broken:
-        broken.setattr(data_prep, "settle", lambda *_: signal.raise_signal(signal.SIGINT))
-        assert data_prep.main(["coco", "--root", str(tmp_path)]) == 130
-    assert [path.name for path in tmp_path.iterdir()] == ["downloads"]
-    host.files.clear()
-    data_prep.prepare("coco", tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["coco"]
-
 @pytest.mark.parametrize("told, more, counts, data", [
     ("damaged", "", (3, 2), b"<html>"), ("val_2.png: not an image", "", (3, 2), packed(
         ".zip", {ADE + "annotations/validation/ADE_val_2.png": b""})),
@@ -1007,6 +957,31 @@ def test_mistakes_end_in_one_line(told, more, counts, data, host, monkeypatch, t
     shown = [line for line in capsys.readouterr().err.splitlines() if line and "it/s" not in line]
     assert len(shown) == 1 and shown[0].startswith("data_prep.py: ") and told in shown[0]
     assert not list(tmp_path.glob("data/*ade20k*"))
+
+@pytest.mark.parametrize("line", ["{0}:{1},7,9::", "{1}, {0}", "{0}"])  # CVAT, Roboflow, labelme
+def test_own_pictures_become_a_data_folder(line, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    values, masks = [3 * n for n in range(6)] if "1" in line else [*range(6)], []
+    for i in range(6):
+        masks.append(mask := np.array(Image.open(f"masks/{i}.png")))
+        new = np.uint8(values)[mask]
+        new = np.stack([new, 0 * new + 7, 0 * new + 9], 2) if ":" in line else new
+        Image.fromarray(new).save(f"masks/My {i}_mask.png"), os.remove(f"masks/{i}.png")
+        os.rename(f"images/{i}.png", f"images/my {i}.PNG")
+    os.remove("masks/My 5_mask.png")
+    Path("map.txt").write_text("\n".join(map(line.format, data_prep.TOY_CLASSES, values)))
+    command = "mine --images images --masks masks --labelmap map.txt --val 0.4".split()
+    assert data_prep.main(command) == 0 and "--dataset mine --labels 3" in capsys.readouterr().out
+    data = semivl.open_data(Config(dataset="mine"))
+    entries = data.train + data.val
+    assert len(data.val) == 2 and sum(not mask for _, mask in entries) == 1
+    assert {image for image, _ in entries} == {f"../images/my {i}.PNG" for i in range(6)}
+    for image, mask in entries:
+        assert not mask or np.array_equal(data.mask((image, mask)), masks[int(image[-5])])
+    assert data_prep.main(command) == 2 and "is there already" in capsys.readouterr().err
+    Image.new("L", (64, 64)).save("masks/my 5.png", "JPEG")
+    assert data_prep.main(["new", *command[1:]]) == 2 and not Path("new").exists()
+    assert "my 5.png: JPEG may change numbers" in capsys.readouterr().err
 
 def test_the_toy_world_repeats_itself_and_is_complete_or_absent(tmp_path, monkeypatch):
     first, again, other = (np.array(data_prep.Painter(seed).scene()[0]) for seed in "aab")
