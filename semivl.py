@@ -1167,8 +1167,9 @@ def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
         require(weights or known.get("quick_gelu", quick) == quick,
                 f"{tag} was trained with the other GELU; add or drop -quickgelu")
         if not weights:
-            say(f"{name}: weights {tag}, fetched first if they are not on this disk")
             tag = None if ":" in name else tag
+            if tag:
+                say(f"CLIP: {name}, {tag} (fetched first, if it is not on this disk)")
             return open_clip.create_model(name, tag, require_pretrained=True), config
         clip = open_clip.CLIP(**config)
         if weights != "none":  # all of the tensors, and nothing but tensors
@@ -1176,8 +1177,7 @@ def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
             digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
             own = digest not in open_clip.get_pretrained_url(name, "openai")
             clip.load_state_dict(open_clip.factory.load_state_dict(weights, weights_only=own))
-            say(f"note: {name} uses {'Quick' * quick}GELU; {weights} does not tell whether it was "
-                "trained with it")
+            say(f"note: {name} uses {'Quick' * quick}GELU, whatever {weights} was trained with")
     return clip, config
 
 def resnet_stem(weights: str) -> nn.Module:
