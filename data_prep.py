@@ -60,7 +60,7 @@ def require(ok, *problems: str) -> None:
 def progress(iterable, title: str, **more) -> tqdm:
     """A progress bar; where there is no terminal, a line twice a minute."""
     lines = {} if sys.stderr.isatty() else dict(
-        mininterval=30, delay=30, bar_format="{desc}: {n_fmt} of {total_fmt}, {remaining} left\n")
+        miniters=1, mininterval=30, delay=30, bar_format="{desc}: {n_fmt} of {total_fmt}\n")
     return tqdm(iterable, title, **lines, **more)
 
 # The published data sets --------------------------------------------------------------------------

@@ -73,7 +73,7 @@ class Config:
     """Each field is an option (`micro_batch` is --micro-batch), its comment the line of --help."""
 
     # Data
-    dataset: str = "voc"  # toy, voc, coco, ade20k, cityscapes, or a FOLDER
+    dataset: str = "voc"  # toy (if none is given), voc, coco, ade20k, cityscapes, or a FOLDER
     labels: int = 92  # how many images have a mask; all others of train.txt count as unlabelled
     root: str = "data"  # folder in which the named data sets are kept
     crop: int = 512  # side of the training crop and of the test window, pixels
@@ -95,7 +95,7 @@ class Config:
     # Method
     unlabelled: bool = True  # use the unlabelled images
     conf: float = 0.95  # lowest confidence of a pseudo-label that is used
-    weighting: Literal["pixel", "mean", "share"] = "pixel"  # of pseudo-labels: `consistency_loss`
+    weighting: Literal["pixel", "mean"] = "pixel"  # of pseudo-labels: `consistency_loss`
     guidance: float = 0.1  # weight of frozen CLIP's losses; falls linearly to 0
     guidance_conf: float = 0.9  # lowest probability of a label of frozen CLIP that is used
     ema: float = 0.996  # decay of the EMA teacher; 0: the student teaches itself
@@ -121,12 +121,12 @@ class Config:
         lowest = dict.fromkeys("labels crop epochs batch micro_batch evals save_every".split(), 1)
         wrong = [k for k, v in vars(self).items() if isinstance(v, (int, float)) and not (
             lowest.get(k, 0) <= v <= (1 if k in ("conf", "guidance_conf", "ema") else math.inf))]
-        require(not wrong, f"out of range: {', '.join(wrong)}")
+        require(not wrong and self.scale_min <= self.scale_max,
+                f"out of range: --{' --'.join(wrong or ['scale-min']).replace('_', '-')}")
         require(self.batch % self.micro_batch == 0, "--micro-batch must divide --batch")
         require(self.stride <= self.crop, "--stride is above --crop: pixels would be left out")
 
-# What each data set changes of the defaults, which are those of VOC and of a FOLDER. The toy's run
-# is short, so its teacher follows faster and frozen CLIP has ten times the weight.
+# What each data set changes of the defaults, which are those of VOC and of a FOLDER.
 PRESETS = {
     "toy": dict(dataset="toy", labels=4, crop=64, fit=False, scale_min=0.8, scale_max=1.25,
                 workers=0, clip="toy", conf=0.9, guidance=1.0, ema=0.98, steps=240, batch=4,
@@ -151,7 +151,8 @@ def about(what):
         yield
     except Exception as error:  # PIL, json, torch and the network all raise what they like
         reason = (getattr(error, "strerror", None) or "").lower() or str(error) or repr(error)
-        reason = " ".join(reason.split()).split(". ")[0]  # after that torch gives advice
+        reason = " ".join(reason.split())  # torch's first sentence; then it gives advice
+        reason = reason.split(". ")[0] if isinstance(error, RuntimeError) else reason
         raise ValueError(f"{what}: {reason[:300]}") from None
 
 # 2. Language (paper: Class Definition Guidance): what is a class called, what does it look like? --
@@ -292,9 +293,8 @@ class DenseCLIP(nn.Module):
 # in the MLPs. So attention and the position embedding train; everything else stays as it was.
 
 def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
-    """Sets what trains in the ViT: "spatial" (attention, position embedding), "all" or "none". Call
-    it before `make_optimizer` and `copy_trained`, which both look at `requires_grad`.
-    ViT-B/16 at crop 512: spatial trains 29.1 of 86.8 million values, in 49 tensors."""
+    """Sets what trains in the ViT: "spatial" (of ViT-B/16 29.1 of 86.8 million values), "all" or
+    "none". Call it before `make_optimizer` and `copy_trained`: both look at `requires_grad`."""
     require(mode in ("spatial", "all", "none"), f"mode {mode!r}: take spatial, all or none")
     for name, tensor in clip.named_parameters():
         spatial = ".attn." in name or name.endswith("positional_embedding")
@@ -302,9 +302,8 @@ def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
     return clip
 
 def copy_trained(module: nn.Module) -> nn.Module:
-    """A frozen twin that owns copies of the parameters that train and shares all the others, so
-    that two thirds of the ViT exist once in memory. Two traps: weights that are loaded into a twin
-    overwrite what it shares, and a parameter that starts to train later is still shared."""
+    """A frozen twin: it copies the parameters that train and shares all others, two thirds of the
+    ViT. So never load weights into a twin, and let no parameter that is shared start to train."""
     shared = {id(p): p for p in module.parameters() if not p.requires_grad}  # deepcopy leaves them
     return copy.deepcopy(module, memo=shared).requires_grad_(False).eval()
 
@@ -325,15 +324,14 @@ MAPS_AT_ONCE = 32  # of the B*N maps; more take more memory and are not faster
 
 def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """Cosine similarity of places and texts: dense [B, E, gh, gw], text [N, E] -> [B, N, gh, gw].
-    Normalises both sides: feature dropout has changed the length of `dense`. In float32 even under
-    autocast: bf16 rounds a cosine to about 0.002, which guidance would turn into 0.2 of a logit."""
+    Normalises both (feature dropout has changed lengths), in float32 even under autocast: bf16
+    rounds a cosine to about 0.002, which guidance would turn into 0.2 of a logit."""
     with torch.autocast(dense.device.type, enabled=False):
         dense, text = F.normalize(dense.float(), dim=1), F.normalize(text.float(), dim=1)
         return torch.einsum("behw,ne->bnhw", dense, text)
 
 def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=None) -> nn.Sequential:
-    """Convolution that keeps the size (without bias: the norm has one), norm (by default a
-    GroupNorm of 16 channels a group), ReLU."""
+    """Convolution that keeps the size, norm (by default GroupNorm, 16 channels a group), ReLU."""
     norm = norm(c_out) if norm else nn.GroupNorm(c_out // 16, c_out)
     conv = nn.Conv2d(c_in, c_out, kernel, 1, dilation * (kernel // 2), dilation, bias=False)
     # ReLU may work in place: the backward pass of a norm needs its input, not its output.
@@ -397,8 +395,8 @@ class UpStage(nn.Module):
 
 class LanguageGuidedDecoder(nn.Module):
     """Similarity maps -> spatial reasoning -> semantic reasoning -> upsampling.
-    embed_dim: E, width of CLIP's joint space. shallow_dim, deep_dim: channels of the skip maps.
-    shallow_width: channels that the shallow one is projected to. recompute: see `by_classes`."""
+    embed_dim: E. shallow_dim, deep_dim: channels of the skip maps. shallow_width: to how many the
+    shallow one is projected. recompute: see `by_classes`."""
     def __init__(self, embed_dim, shallow_dim, deep_dim, shallow_width=16, recompute=False):
         super().__init__()
         self.recompute = recompute
@@ -425,9 +423,8 @@ class LanguageGuidedDecoder(nn.Module):
         maps = self.up2(maps, shallow)  # [B*N, 32, 4gh, 4gw]
         return self.head(maps).view(*x.shape[:2], *maps.shape[2:])
     def by_classes(self, function, x, *shared):
-        """function(x, *shared), called on a few classes of x [B, N, ...] at a time.
-        So prediction for 150 classes needs little more memory than for 21. Training, too, under
-        `recompute`: a group's activations are computed once more in the backward pass."""
+        """function(x, *shared) on a few classes of x [B, N, ...] at a time: 150 need little more
+        memory than 21. In training only under `recompute`, which computes activations twice."""
         if self.recompute and torch.is_grad_enabled():
             function = partial(torch.utils.checkpoint.checkpoint, function, use_reentrant=False)
         parts = x.split(max(1, MAPS_AT_ONCE // len(x)), dim=1)
@@ -456,7 +453,6 @@ class VisionDecoder(nn.Module):
 # 6. Three networks: student, frozen CLIP (paper: Dense CLIP Guidance), EMA teacher ----------------
 # Who tells the student what to say where there is no mask? The teacher grows better, but it learns
 # from the student, so its mistakes feed on themselves. Frozen CLIP is coarse, but never changes.
-# In: images [B, 3, H, W] in [0, 1]. Out: logits [B, N, H, W]; of frozen CLIP labels, too.
 
 class SemiVL(nn.Module):
     """Images -> logits: dense CLIP, an optional convolutional skip, a decoder.
@@ -468,8 +464,8 @@ class SemiVL(nn.Module):
         self.register_buffer("text", text)
     def forward(self, images: torch.Tensor, num_perturbed: int = 0) -> torch.Tensor:
         """Images [B, 3, H, W] in [0, 1] -> logits [B, N, H, W].
-        The last `num_perturbed` images of the batch get UniMatch's feature perturbation: of the
-        dense embedding and of each skip map, half of the channels become 0, the others double."""
+        The last `num_perturbed` images of the batch get UniMatch's feature perturbation: each
+        channel of the dense embedding and of the skip maps becomes 0 with p = 1/2, else doubles."""
         dense, (shallow, deep) = self.clip(images)
         shallow = self.conv(images)[-1] if self.conv else shallow
         if num_perturbed:
@@ -479,8 +475,7 @@ class SemiVL(nn.Module):
         logits = self.decoder(dense, (shallow, deep), self.text)  # [B, N, 4gh, 4gw]
         # The logits cover the image with its padding to whole patches; resizing squeezes them a
         # little. Cutting the padding off would be exact, but the authors' weights are used to this.
-        size = images.shape[2:]
-        return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
+        return F.interpolate(logits.float(), images.shape[2:], mode="bilinear", align_corners=False)
 
 class FrozenGuidance(nn.Module):
     """CLIP as it was before training, asked about every pixel.
@@ -498,8 +493,7 @@ class FrozenGuidance(nn.Module):
         groups = cosine_maps(dense, self.concepts).split(self.sizes, dim=1)  # N of [B, ., gh, gw]
         similarity = torch.stack([group.amax(1) for group in groups], dim=1)  # [B, N, gh, gw]
         similarity = F.interpolate(similarity, images.shape[2:], mode="bilinear")  # [B, N, H, W]
-        # 100 is the scale that CLIP's training ended at. Without it the softmax is nearly flat.
-        return 100 * similarity
+        return 100 * similarity  # CLIP's training ended at this scale; a softmax needs it
     def labels(self, images: torch.Tensor) -> torch.Tensor:
         """Images -> guidance labels [B, H, W]: the class, or IGNORE where CLIP is not sure."""
         confidence, label = self(images).softmax(1).max(1)
@@ -529,7 +523,8 @@ class EMATeacher:
 #     FOLDER/splits/train.txt    a line an image: "IMAGE MASK", or "IMAGE" if there is no mask
 #     FOLDER/splits/val.txt      "IMAGE MASK"; optional: test.txt, and 8/labeled.txt for --labels 8
 # Masks hold class numbers, 0 for the first of "classes", or what dataset.json lists for each class:
-# "colors": {"sky": [70, 130, 180], "car": [0, 0, 142]}, or for values {"sky": 0, "car": 255}.
+# "colors": {"sky": [70, 130, 180], "car": [0, 0, 142]}, with "ignore_index": [0, 0, 0] if a colour
+# means nothing; or other numbers, {"sky": 0, "car": 255} with "ignore_index": -1 for none.
 
 def read_image(file: Path) -> torch.Tensor:
     """Any image file -> uint8 RGB [3, H, W], turned upright as its EXIF orientation says."""
@@ -567,7 +562,7 @@ def read_list(folder: Path, name: str, need_mask: bool) -> list[tuple]:
     entries = []
     with about(file := folder / "splits" / name):  # utf-8-sig: some editors put a mark in front
         text = file.read_text("utf-8-sig").replace("\\", "/")
-        for line in [line for line in text.splitlines() if line.strip()] or ["no line at all"]:
+        for line in [line for line in text.splitlines() if line.strip()] or ["(no line)"]:
             words = [*map(str.strip, line.split("\t"))] if "\t" in line else line.split()
             require(1 + need_mask <= len(words) <= 2 and all(words[:1 + need_mask]) and (
                 len(words) < 2 or "\t" in line or "." in words[0]),
@@ -614,8 +609,8 @@ class Folder:
             absent = [name for name, count in zip(self.classes, counts) if not count]
             if absent:
                 say(f"note: no {title} mask shows {', '.join(absent)}")
-            require(title != "labelled" or len(absent) + 1 < N, 'these masks show no two classes. '
-                    'Black-and-white ones need "colors": {NAME: 0, NAME: 255}, "ignore_index": -1')
+            require(title != "labelled" or len(absent) + 1 < N, "that leaves no two classes; label "
+                    'more, or, if black is 0 and white 255, give "colors": {NAME: 0, NAME: 255}')
         if turned:
             say(f"note: EXIF orientation turns {turned} images; are their masks upright?")
         for pair in sorted({pair for pair in titles.values() if len(pair) > 1}):
@@ -633,7 +628,7 @@ def open_data(cfg: Config) -> Folder:
 
     number = lambda v: int.from_bytes(bytes(v), "big") if isinstance(v, list) else v  # noqa: E731
     with about(f"{path}/dataset.json (of the folder that --dataset names)"):
-        content = dict(definitions={}, ignore_index=IGNORE, colors={})
+        content = dict(classes=None, definitions={}, ignore_index=IGNORE, colors={})
         content |= json.loads((path / "dataset.json").read_text("utf-8-sig"))
         names, ignore, colors = (content[key] for key in ("classes", "ignore_index", "colors"))
         concepts = DEFINITIONS.get(cfg.dataset, content["definitions"])
@@ -642,6 +637,8 @@ def open_data(cfg: Config) -> Folder:
         require(1 < len({*names}) == len(names) <= IGNORE and {*concepts} <= {*names}, "2 to "
                 f"{IGNORE} classes (perhaps background), none twice; definitions of these only")
         require({*colors} in ({*names}, set()), "'colors' must have an entry for each class")
+        require(all(isinstance(v, int) or isinstance(v, list) and len(v) == 3 for v in (
+            ignore, *colors.values())), "'ignore_index', and each of 'colors': [r, g, b] or number")
         colours = any(isinstance(color, list) for color in colors.values())
         values = {number(colors.get(name, n)): n for n, name in enumerate(names)}
         # Among colours a colour is ignored, or none: as a colour, 255 would be blue.
@@ -755,12 +752,11 @@ class TrainingSet(Dataset):
 #             + lambda (1/2 mean over strong views of G_s + 1/2 G_fp)       (this paper's)
 # with lambda = guidance (1 - step/steps). So x weighs 1/2, s1 and s2 1/8 each, fp 1/4.
 # L_x: cross-entropy with the mask. L_s, L_fp: with the teacher's pseudo-labels. G_s, G_fp: with the
-# labels of frozen CLIP. Nobody knows the mask of an unlabelled image, but it does not depend on the
-# colours: the teacher labels the weak view, and the student must say the same of strong views,
-# recoloured and with a box of another image (s1, s2), and of w itself when half of its feature
-# channels are gone (fp). The trap is confirmation bias: a wrong pseudo-label is learned as eagerly
-# as a right one. So only confident ones count, and frozen CLIP, which does not learn from itself,
-# has its say. Lambda falls since CLIP knows what things are, but not where they end.
+# labels of frozen CLIP. The mask of an unlabelled image does not depend on its colours: the teacher
+# labels the weak view, and the student must say the same of strong views, recoloured and with a box
+# of another image (s1, s2), and of w itself with half of its channels (fp). The trap is
+# confirmation bias: a wrong pseudo-label is learned as eagerly as a right one. So only confident
+# ones count, and frozen CLIP, which never changes, is heard. Lambda falls: its borders are coarse.
 
 class Targets(NamedTuple):
     """What unlabelled images should be called, pixel by pixel; all [B, H, W]."""
@@ -781,8 +777,7 @@ def make_targets(teacher, guidance, w, padding) -> Targets:
 
 def cutmix(mine: torch.Tensor, partner: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
     """Pastes into each item the part of its partner inside the item's box (CutMix, Yun et al.,
-    ICCV 2019). Apply it with the same boxes to images and to all their targets.
-    mine, partner: [B, H, W] or [B, 3, H, W], any dtype; box: [B, 4], top, left, bottom, right."""
+    ICCV 2019). mine, partner: [B, H, W] or [B, 3, H, W]; box: [B, 4], top, left, bottom, right."""
     rows = torch.arange(mine.shape[-2], device=mine.device)[:, None]
     cols = torch.arange(mine.shape[-1], device=mine.device)
     top, left, bottom, right = box.view(-1, 4, 1, 1).unbind(1)  # each [B, 1, 1]
@@ -799,15 +794,14 @@ def consistency_loss(logits, label, confidence, padding, conf_thresh=0.95, weigh
     """Cross-entropy with pseudo-labels: weighted sum over all pixels that are no padding, divided
     by their number (not by the sum of weights, so an image with few confident pixels counts less).
     logits [B, N, H, W]; label (int64), confidence, padding (bool) [B, H, W]. Weights: "pixel", 1
-    where the confidence reaches conf_thresh, else 0; "share", an image's mean of that; "mean", its
-    mean confidence."""
-    require(weighting in ("pixel", "mean", "share"), "weighting: take pixel, mean or share")
+    where the confidence reaches conf_thresh, else 0; "mean", an image's mean confidence."""
+    require(weighting in ("pixel", "mean"), "weighting: take pixel or mean")
     valid, confidence = ~padding.bool(), confidence.detach()
     loss = F.cross_entropy(logits, label, reduction="none")  # [B, H, W]
-    weight = confidence if weighting == "mean" else (confidence >= conf_thresh).float()  # [B, H, W]
-    if weighting != "pixel":
+    weight = (confidence >= conf_thresh).float()  # [B, H, W]
+    if weighting == "mean":
         pixels = valid.sum((1, 2), keepdim=True).clamp(min=1)
-        weight = (weight * valid).sum((1, 2), keepdim=True) / pixels  # [B, 1, 1]
+        weight = (confidence * valid).sum((1, 2), keepdim=True) / pixels  # [B, 1, 1]
     return torch.where(valid, loss * weight, 0).sum() / valid.sum().clamp(min=1)
 
 def guidance_loss(logits, clip_label):
@@ -820,8 +814,7 @@ def semivl_loss(logits: dict, y, targets: dict, guidance_weight: float, conf_thr
                 weighting: str = "pixel") -> dict:
     """The formula above -> scalars: "x", one for each view, "guidance_VIEW" for each, and "total".
     logits: {"x": ..., "s1": ..., "s2": ..., "fp": ...}, [B, N, H, W] each. y: masks of x, int64
-    [B, H, W]. targets: the Targets of each view, of which "fp" has half of the weight and all
-    others share the other half; {} if there are none: then total is L_x."""
+    [B, H, W]. targets: of each view but x, its Targets; {} if there are none: total is L_x."""
     losses, consistency, guidance = {"x": supervised_loss(logits["x"], y)}, 0.0, 0.0
     for view, t in targets.items():
         weight = 0.5 if view == "fp" else 0.5 / len(targets.keys() - {"fp"})
@@ -835,8 +828,7 @@ def semivl_loss(logits: dict, y, targets: dict, guidance_weight: float, conf_thr
     return losses | {"total": total}
 
 # 9. Evaluation: how good is a model? Sliding window, one confusion matrix, mIoU -------------------
-# In: an image [3, H, W] of any size. Out: scores [N, H, W]; for a data set: IoU [N] in percent, of
-# the pixels of all images together (the mean of each image's own IoU is another number).
+# IoU is of the pixels of all images together; the mean of each image's own IoU is another number.
 
 def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
     """Where windows start along a side of `size` pixels. "logits": every stride, the last window
@@ -851,7 +843,7 @@ def sliding_window(model, images, window: int, stride: int, mode: str = "logits"
     """Mean over overlapping windows of logits or of probabilities: images [B, 3, H, W] -> strips
     [B, N, rows, W] from top to bottom, each when no further window covers its rows: the scores of
     a photograph may not fit into memory at once. The ViT is at its best at the size that it was
-    trained at, hence windows. model: images -> logits of any size. window, stride: pixels."""
+    trained at, hence windows. model: [B, 3, ., .] of any size -> logits [B, N, ., .] of that."""
     H, W = images.shape[2:]
     tops, lefts = window_starts(H, window, stride, mode), window_starts(W, window, stride, mode)
     total, count = None, images.new_zeros(H, W)
@@ -917,9 +909,9 @@ def evaluate(model, folder: Folder, entries: list, cfg: Config, device, title="e
 
 RANK, WORLD = (int(os.environ[name]) if dist.is_torchelastic_launched() else alone
                for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
-IN_LOG = {} if sys.stderr.isatty() else dict(  # no terminal: a line twice a minute, and no bar
-    mininterval=30, delay=30, bar_format="{desc}: {n_fmt} of {total_fmt}, {remaining} left\n")
-progress = partial(tqdm, leave=False, disable=RANK > 0, **IN_LOG)
+IN_LOG = {} if sys.stderr.isatty() else dict(miniters=1, mininterval=30, delay=30,  # lines, no bar
+                                             bar_format="{desc}: {n_fmt} of {total_fmt}\n")
+progress = partial(tqdm, leave=bool(IN_LOG), disable=RANK > 0, **IN_LOG)
 say = str if RANK else partial(print, flush=True) if IN_LOG else tqdm.write  # above the bars
 
 def over_processes(counts: torch.Tensor) -> torch.Tensor:
@@ -959,9 +951,12 @@ def make_optimizer(student: SemiVL, cfg: Config) -> torch.optim.AdamW:
             (decoder if name.startswith("decoder.") else vit)["params"].append(p)
     return torch.optim.AdamW([decoder, vit], weight_decay=cfg.weight_decay)
 
-def ignore_interrupt(_) -> None:
-    """A terminal sends Ctrl-C to loader processes, too; the training process is to end them."""
+def leave_group(_) -> None:
+    """Ctrl-C, and SIGTERM to a whole process group, are not for loader processes: the training
+    process finishes its step, saves, and then ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):  # Windows has no groups
+        os.setpgid(0, 0)
 
 def new_run(cfg: Config, labelled=()) -> Path:
     """Makes the run's folder, with the list of labelled images and a copy of this file in it."""
@@ -971,7 +966,7 @@ def new_run(cfg: Config, labelled=()) -> Path:
             path.mkdir(parents=True)  # of two runs that start at once, one gets the error
             break
         path = base.with_name(f"{base.name}-{number}")
-    (path / "labeled.txt").write_text("".join(f"{i} {m}\n" for i, m in labelled), encoding="utf-8")
+    (path / "labeled.txt").write_text("".join(f"{i}\t{m}\n" for i, m in labelled), encoding="utf-8")
     (path / "semivl.py").write_bytes(Path(__file__).read_bytes())
     return path
 
@@ -980,12 +975,12 @@ def to_json(content: dict) -> str:
     return json.dumps(json.loads(json.dumps(content), parse_constant=lambda _: None)) + "\n"
 
 def open_log(run: Path):
-    """RUN/log.jsonl, locked as long as this process lives: no other one may work in the folder."""
+    """RUN/log.jsonl, locked while it is open, so that no other process works in this folder."""
     log = open(run / "log.jsonl", "a", 1, encoding="utf-8")
     try:
         import fcntl
         fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError) as error:  # Windows, or a disk without locks, but for:
+    except (ImportError, OSError) as error:  # Windows and some disks know no locks: go on without
         require(not isinstance(error, (BlockingIOError, PermissionError)),
                 f"{run}: another process is at work in it; wait for its end")
     return log
@@ -1002,6 +997,7 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
     # 1. Device, data, CLIP and the words it reads, three networks, optimiser; resume.
     device, folder = pick_device(cfg.device), folder or open_data(cfg)
     cuda = device.type == "cuda"
+    require(saved or not cfg.out or not Path(cfg.out).exists(), f"{cfg.out}: exists; change --out")
     labelled = saved["labelled"] if saved else draw_labelled(folder, cfg.labels, cfg.seed)
     taken = dict(labelled)
     unlabelled = [(image, None) for image, _ in folder.train if image not in taken]
@@ -1013,7 +1009,7 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
              for name in ("train", "val", "test")}
     changed = [f for f in lists if saved and saved["lists"].get(f, lists[f]) != lists[f]]
     require(not changed, f"{folder.path}: {', '.join(changed)}: changed since the run started; add "
-            f"--dataset {folder.path} to go on with it all the same")
+            f"--dataset {cfg.dataset} to go on with it all the same")
     # The named sets were checked when they were made: of them, only what has a mask is opened.
     folder.check({"labelled": labelled, "validation": folder.val, "test": folder.test,
                   "unlabelled": [] if cfg.dataset in PRESETS else unlabelled})
@@ -1030,8 +1026,7 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
     ema, optimizer = EMATeacher(student, cfg.ema), make_optimizer(student, cfg)
     parallel = nn.parallel.DistributedDataParallel(student) if WORLD > 1 else student
     modules = dict(student=student, model=ema.model, optimizer=optimizer)
-    state = {name: saved[name] if saved else -1.0 for name in ("last", "best")}
-    state["step"] = saved["step"] if saved else 0
+    state = {k: saved[k] if saved else v for k, v in dict(step=0, last=-1.0, best=-1.0).items()}
     for name, module in modules.items() if saved else ():
         module.load_state_dict(saved[name])
     out = Path(cfg.out) if saved else new_run(cfg, labelled) if RANK == 0 else None
@@ -1056,10 +1051,11 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
     loader = DataLoader(
         data, cfg.batch // WORLD, num_workers=min(cfg.workers, os.cpu_count() or 1),
         sampler=range(state["step"] * cfg.batch + RANK, cfg.steps * cfg.batch, WORLD),
-        pin_memory=cuda, worker_init_fn=ignore_interrupt)
+        pin_memory=cuda, worker_init_fn=leave_group)
     stop, seconds, every, clock = [], [], math.ceil(cfg.steps / cfg.evals), time.perf_counter()
     for sign in (signal.SIGINT, signal.SIGTERM):  # a second signal ends the program at once
-        signal.signal(sign, lambda n, _: stop.append(signal.signal(n, signal.default_int_handler)))
+        signal.signal(sign, lambda n, _: stop.append(signal.signal(n, signal.default_int_handler))
+                      or say("stops after this step"))
     for batch in progress(loader, "train", total=cfg.steps, initial=state["step"]):
         # 2. Rates and the guidance weight.
         step, files = state["step"], batch.pop("files")
@@ -1119,9 +1115,9 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
             state["last"] = miou(ema.model)
             say(f"step {step}: loss {line['total']:.3f}, kept {line.get('kept', 0):.2f}, mIoU "
                 f"{state['last']:.1f} (validation), {np.median(seconds[1:] or seconds):.3g} s a "
-                "step" + cuda * f", {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB")
+                "step" + (f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""))
         better, state["best"] = state["last"] > state["best"], max(state["best"], state["last"])
-        # 7. After a signal to any process, all of them save and leave.
+        # 7. After a signal to any process process 0 saves, and all leave.
         stopping = over_processes(torch.tensor(len(stop), device=device)) > 0
         if RANK == 0:
             log.write(to_json(line))
@@ -1159,11 +1155,12 @@ def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
         import data_prep
         name = name if weights else f"local-dir:{data_prep.prepare('toy', cfg.root)}"
     with about(f"--clip {name}, {weights or tag} (or give --clip-weights FILE, or none)"):
-        config = data_prep.CLIP_CONFIGS[name] if name == "toy" else open_clip.get_model_config(name)
+        config = data_prep.CLIP_CONFIGS[name] if name == "toy" else (
+            open_clip.get_model_config(name) or {"vision_cfg": {}})
         quick, known = config.get("quick_gelu", False), open_clip.get_pretrained_cfg(name, tag)
-        require({*config} <= {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"} and "layers" in
-                config["vision_cfg"] and "hf_tokenizer_name" not in config["text_cfg"],
-                "no plain ViT CLIP of open_clip, such as ViT-B-16-quickgelu")
+        require({*config} <= {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"} and isinstance(
+            config["vision_cfg"].get("layers"), int) and "hf_tokenizer_name" not in config[
+            "text_cfg"], "no plain ViT CLIP of open_clip, such as ViT-B-16-quickgelu")
         require(weights or known.get("quick_gelu", quick) == quick,
                 f"{tag} was trained with the other GELU; add or drop -quickgelu")
         if not weights:
@@ -1201,7 +1198,8 @@ def build_model(cfg: Config, visual: nn.Module, text: torch.Tensor, conv_weights
     shallow, width = (256, 32) if cfg.conv_skip else (D, 16)
     decoder = VisionDecoder(E, D, len(text)) if cfg.decoder == "vision" else (
         LanguageGuidedDecoder(E, shallow, D, width, cfg.recompute))
-    return SemiVL(clip, decoder, text, resnet_stem(conv_weights) if cfg.conv_skip else None)
+    stem = cfg.conv_skip and cfg.decoder == "language"  # the other one has no use for it
+    return SemiVL(clip, decoder, text, resnet_stem(conv_weights) if stem else None)
 
 AUTHORS_NAMES = """module.> decode_head.layers>decoder.semantic decode_head.conv1>decoder.lift
 transformer.ffn.layers.0.0>layer.linear1 transformer.ffn.layers.1>layer.linear2
@@ -1215,9 +1213,8 @@ backbone.layers>clip.visual.transformer.resblocks attn.attn>attn .ln1>.ln_1 .ln2
 ffn.layers.0.0>mlp.c_fc ffn.layers.1>mlp.c_proj"""
 
 def load_authors_checkpoint(state_dict: dict, text: torch.Tensor, heads=None) -> SemiVL:
-    """The authors' weights, `load_file("best.pth")["model"]`, as a SemiVL in eval mode. KeyError,
-    RuntimeError or ValueError if a tensor is missing, unknown or misshapen. text: [N, E], the first
-    that `describe_classes` returns (Cityscapes: decoder_text="mean"). heads: of the ViT."""
+    """The authors' weights, `load_file("best.pth")["model"]`, as a SemiVL in eval mode. text: [N,
+    E], the first that `describe_classes` returns (Cityscapes: decoder_text="mean")."""
     weights, vit = {}, "clip.visual."
     for name, tensor in state_dict.items():
         for pair in AUTHORS_NAMES.split():  # theirs>ours, replaced in this order
@@ -1269,8 +1266,7 @@ def colour_mask(mask: torch.Tensor, classes) -> Image.Image:
     return image
 
 def save_sheet(file: Path, folder: Folder, guidance, teacher, cfg: Config, device) -> None:
-    """Up to six validation images, a row each, as frozen CLIP and the teacher see them; where the
-    teacher's confidence is below `conf`, its pseudo-label would be rejected: it is pale."""
+    """Up to six validation images, a row each; pseudo-labels that would be rejected are pale."""
     titles, side = ["image", "truth", "frozen CLIP", "pseudo-label", "SemiVL"], 160
     classes, cells = list(folder.classes), []
     for entry in folder.val[::math.ceil(len(folder.val) / 6)]:
@@ -1300,13 +1296,13 @@ def save_sheet(file: Path, folder: Folder, guidance, teacher, cfg: Config, devic
 def predict(checkpoint: str, images: list[str], typed: dict) -> None:
     """--predict: NAME-mask.png (class numbers, in colours) and NAME-overlay.png of each image."""
     model, cfg, classes = load_checkpoint(checkpoint, typed)
-    device, problems = pick_device(cfg.device), []
+    device, problems = pick_device(cfg.device), [] if images else ["--predict CKPT: no IMAGE given"]
     out = Path(cfg.out or Path(checkpoint).parent / "predictions")
     out.mkdir(parents=True, exist_ok=True)
     for name in progress(images, "predict"):
         file, overlay = (out / f"{Path(name).stem}-{kind}.png" for kind in ("mask", "overlay"))
         try:
-            require(not file.exists(), f"{file}: exists; remove it, or give another --out")
+            require(not file.exists(), f"{file}: exists (or two names are alike); change --out")
             label, _ = segment(model.to(device), image := read_image(name), cfg, device)
             mask = colour_mask(label, classes)
             Image.blend(VF.to_pil_image(image), mask.convert("RGB"), 0.55).save(overlay)
@@ -1352,17 +1348,20 @@ def main(argv=None) -> int:
     """Runs the command line; exit code 2 and one line for a user's mistake, 130 for Ctrl-C."""
     try:
         args, typed = parse_args(argv)
-        run, known = args.resume, {"device", "dataset", "root", "workers"}
-        known |= set() if run else {"out", "stride"} if args.eval or args.predict else {*typed}
-        require({*typed} <= known, f"of the options only {', '.join(known)} may be given here")
-        if run:
+        run, wrong = args.resume, {*typed} - {"device", "dataset", "root", "workers"}
+        if run is None:
+            wrong -= {"out", "stride"} if args.eval or args.predict else wrong
+        require(not wrong, f"--{' --'.join(sorted(wrong))}: not to be given here")
+        if run is not None:
             require((Path(run) / "last.pt").is_file(), f"{run}: not a run's folder with last.pt")
             log = open_log(Path(run)) if RANK == 0 else None
             saved = load_file(Path(run) / "last.pt", *("model config classes student optimizer "
                               "labelled lists step last best").split())
             saved["lists"] = {} if "dataset" in typed else saved["lists"]
-            train(Config(**saved["config"] | typed | dict(out=run)), None, saved, log)
-        elif args.eval:
+            with about(run):
+                cfg = Config(**saved["config"] | typed | dict(out=run))
+            train(cfg, None, saved, log)
+        elif args.eval is not None:
             model, cfg, classes = load_checkpoint(args.eval, typed)
             folder, device = open_data(cfg), pick_device(cfg.device)
             require([*folder.classes] == [*classes], f"{folder.path}: other classes")
@@ -1379,7 +1378,7 @@ def main(argv=None) -> int:
         print("semivl.py: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
-        text = str(error).strip() + " beside semivl.py" * isinstance(error, ModuleNotFoundError)
+        text = str(error).strip() + " beside semivl.py" * ("'data_prep'" in str(error))
         if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
             text = "out of memory: " + (
                 "take --device cpu, or smaller images" if args.eval or args.predict or args.resume

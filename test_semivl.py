@@ -332,14 +332,14 @@ def random_targets():
     targets = Targets(label, torch.rand(2, 8, 8), padding, guidance.masked_fill(padding, IGNORE))
     return torch.randn(2, 3, 8, 8), targets
 
-@pytest.mark.parametrize("weighting", ["pixel", "mean", "share"])
+@pytest.mark.parametrize("weighting", ["pixel", "mean"])
 def test_consistency_loss_is_the_written_formula(weighting):
     (logits, t), total = random_targets(), 0.0
     for z, label, confidence, padding in zip(logits, *t[:3]):
         kept = [(i, j) for i in range(8) for j in range(8) if not padding[i, j]]
         sure = {place: float(confidence[place] >= 0.6) for place in kept}
-        weights = {"pixel": sure, "mean": dict.fromkeys(kept, confidence[~padding].mean().item()),
-                   "share": dict.fromkeys(kept, np.mean([*sure.values()]))}[weighting]
+        weights = {"pixel": sure, "mean": dict.fromkeys(kept, confidence[~padding].mean().item())}
+        weights = weights[weighting]
         total -= sum(weights[i, j] * float(z[:, i, j].log_softmax(0)[label[i, j]]) for i, j in kept)
     loss = semivl.consistency_loss(logits, *t[:3], conf_thresh=0.6, weighting=weighting)
     assert loss.item() == pytest.approx(total / int((~t.padding).sum()), rel=1e-5)
@@ -464,7 +464,7 @@ def test_before_training_pixels_are_counted_and_what_looks_wrong_is_named(folder
     Image.open(folder / "images/0.png").save(folder / "images/0.png", exif=exif)
     data = open_folder(folder)
     lists = {"labelled": data.train[:3], "validation": data.val}
-    with pytest.raises(ValueError, match='Black-and-white ones need "colors"'):
+    with pytest.raises(ValueError, match='if black is 0 and white 255, give "colors"'):
         data.check(lists)
     numbers = dict(zip(data_prep.TOY_CLASSES, (0, 255, 2, 3, 4, 5)))
     capsys.readouterr()
@@ -641,7 +641,7 @@ def test_json_has_no_nan_and_a_log_file_gets_lines(folder, tmp_path, monkeypatch
     often = semivl.IN_LOG | dict(mininterval=0, delay=0)
     monkeypatch.setattr(semivl, "progress", lambda *a, **k: semivl.tqdm(*a, **k, **often))
     assert run(folder, tmp_path / "run") == 0
-    assert re.search("train: 4 of 4, 00:00 left\n", capsys.readouterr().err)
+    assert "train: 4 of 4\n" in capsys.readouterr().err
 
 def torchrun(*command):
     start = "-m torch.distributed.run --standalone --nproc-per-node=2".split()
