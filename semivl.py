@@ -155,6 +155,14 @@ def about(what):
         reason = reason.split(". ")[0] if isinstance(error, RuntimeError) else reason
         raise ValueError(f"{what}: {reason[:300]}") from None
 
+# How the program speaks; of several processes (section 10) only the first one does.
+RANK, WORLD = (int(os.environ[name]) if dist.is_torchelastic_launched() else alone
+               for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+IN_LOG = {} if sys.stderr.isatty() else dict(miniters=1, mininterval=30, delay=30,  # lines, no bar
+                                             bar_format="{desc}: {n_fmt} of {total_fmt}\n")
+progress = partial(tqdm, leave=bool(IN_LOG), disable=RANK > 0, **IN_LOG)
+say = str if RANK else partial(print, flush=True) if IN_LOG else tqdm.write  # above the bars
+
 # 2. Language (paper: Class Definition Guidance): what is a class called, what does it look like? --
 # A class name alone can be a poor prompt: hardly any caption on the web says "background". So a
 # class is defined by a list of concepts, and frozen CLIP calls a pixel by the class of the concept
@@ -906,13 +914,6 @@ def evaluate(model, folder: Folder, entries: list, cfg: Config, device, title="e
 # 10. Training -------------------------------------------------------------------------------------
 # Under torchrun every process runs this file: item i of the data goes to process i % WORLD, DDP
 # averages the gradients, evaluation shares the images, and process 0 alone prints and writes.
-
-RANK, WORLD = (int(os.environ[name]) if dist.is_torchelastic_launched() else alone
-               for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
-IN_LOG = {} if sys.stderr.isatty() else dict(miniters=1, mininterval=30, delay=30,  # lines, no bar
-                                             bar_format="{desc}: {n_fmt} of {total_fmt}\n")
-progress = partial(tqdm, leave=bool(IN_LOG), disable=RANK > 0, **IN_LOG)
-say = str if RANK else partial(print, flush=True) if IN_LOG else tqdm.write  # above the bars
 
 def over_processes(counts: torch.Tensor) -> torch.Tensor:
     """The sum over all processes."""
