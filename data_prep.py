@@ -33,6 +33,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter, namedtuple
@@ -59,7 +60,7 @@ def require(ok, *problems: str) -> None:
 
 def progress(iterable, title: str, **more) -> tqdm:
     """A progress bar; where there is no terminal, a line twice a minute."""
-    lines = {} if sys.stderr.isatty() else dict(
+    lines = {} if sys.stderr and sys.stderr.isatty() else dict(
         miniters=1, mininterval=30, delay=30, bar_format="{desc}: {n_fmt} of {total_fmt}\n")
     return tqdm(iterable, title, **lines, **more)
 
@@ -639,7 +640,7 @@ def pair_pictures(images: Path, masks: Path) -> list[tuple]:
     for kind, (folder, other) in enumerate([(images, masks), (masks, images)]):
         for file in sorted(folder.rglob("*")):
             path = file.relative_to(folder)
-            name = path.with_suffix("").as_posix().lower()
+            name = unicodedata.normalize("NFC", path.with_suffix("").as_posix().lower())
             if (file.suffix.lower() not in suffixes or any(part[0] == "." for part in path.parts)
                     or folder == other and name.endswith("_mask") != kind
                     or folder in other.parents and other in file.parents or not file.is_file()):
@@ -681,7 +682,7 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
     classes: names of the mask values 0, 1, ...; val: share of the masked images for validation."""
     home, images, masks = (Path(path).resolve() for path in (folder, images, masks or images))
     source, made = labelmap or "--classes", (home / "splits", home / "dataset.json")
-    require(0 < val < 1, f"--val {val}: should be a share between 0 and 1")
+    require(folder and 0 < val < 1, f"--val {val}: should be between 0 and 1, and FOLDER a name")
     require(not (labelmap and classes), "either --classes or --labelmap names the classes")
     for path in made:
         require(not path.exists(), f"{path} is there already; move it, or take another FOLDER")
@@ -752,7 +753,8 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
     left, bare = len(masked) - count, len(pairs) - len(masked)
     print(f"{left} images with and {bare} without mask to train, {count} to validate; next:")
     folder = f'"{folder}"' if " " in str(folder) else folder
-    print(f"python semivl.py --dataset {folder} --labels {left if bare else max(1, left // 4)}")
+    print(f"python semivl.py --dataset {folder} --labels {left if bare else max(1, left // 4)}"
+          + " --unlabelled off" * (left == 1 and not bare))
 
 def main(argv=None) -> int:
     """Command line: `data_prep.py toy|voc|coco|ade20k|cityscapes`, or FOLDER --images DIR."""
@@ -792,6 +794,6 @@ def main(argv=None) -> int:
     return code
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # for names that a console cannot print
     sys.exit(main())

@@ -120,7 +120,7 @@ class Config:
     def __post_init__(self):
         lowest = dict.fromkeys("labels crop epochs batch micro_batch evals save_every".split(), 1)
         wrong = [k for k, v in vars(self).items() if isinstance(v, (int, float)) and not (
-            lowest.get(k, 0) <= v <= (1 if k in ("conf", "guidance_conf", "ema") else math.inf))]
+            lowest.get(k, 0) <= v <= dict(conf=1, guidance_conf=1, ema=1, seed=9e9).get(k, 1e99))]
         require(not wrong and self.scale_min <= self.scale_max,
                 f"out of range: --{' --'.join(wrong or ['scale-min']).replace('_', '-')}")
         require(self.batch % self.micro_batch == 0, "--micro-batch must divide --batch")
@@ -152,15 +152,14 @@ def about(what):
     except Exception as error:  # PIL, json, torch and the network all raise what they like
         reason = (getattr(error, "strerror", None) or "").lower() or str(error) or repr(error)
         reason = " ".join(reason.split())  # torch's first sentence; then it gives advice
-        reason = reason.split(". ")[0] if isinstance(error, RuntimeError) else reason
+        reason = reason if isinstance(error, ValueError) else reason.split(". ")[0]
         raise ValueError(f"{what}: {reason[:300]}") from None
 
-# How the program speaks; of several processes (section 10) only the first one does.
 RANK, WORLD = (int(os.environ[name]) if dist.is_torchelastic_launched() else alone
                for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
-IN_LOG = {} if sys.stderr.isatty() else dict(miniters=1, mininterval=30, delay=30,  # lines, no bar
-                                             bar_format="{desc}: {n_fmt} of {total_fmt}\n")
-progress = partial(tqdm, leave=bool(IN_LOG), disable=RANK > 0, **IN_LOG)
+IN_LOG = {} if sys.stderr and sys.stderr.isatty() else dict(  # a line twice a minute, and no bar
+    miniters=1, mininterval=30, delay=30, bar_format="{desc}: {n_fmt} of {total_fmt}\n")
+progress = partial(tqdm, leave=bool(IN_LOG), disable=RANK > 0 or not sys.stderr, **IN_LOG)
 say = str if RANK else partial(print, flush=True) if IN_LOG else tqdm.write  # above the bars
 
 # 2. Language (paper: Class Definition Guidance): what is a class called, what does it look like? --
@@ -481,8 +480,7 @@ class SemiVL(nn.Module):
             dense, shallow, deep = (torch.cat([f[:n], F.dropout2d(f[n:], 0.5)])
                                     for f in (dense, shallow, deep))
         logits = self.decoder(dense, (shallow, deep), self.text)  # [B, N, 4gh, 4gw]
-        # The logits cover the image with its padding to whole patches; resizing squeezes them a
-        # little. Cutting the padding off would be exact, but the authors' weights are used to this.
+        # This squeezes the padding to whole patches a little; the authors' weights are used to it.
         return F.interpolate(logits.float(), images.shape[2:], mode="bilinear", align_corners=False)
 
 class FrozenGuidance(nn.Module):
@@ -549,8 +547,8 @@ def read_mask(file: Path, values: dict[int, int], colours: bool = False) -> torc
     its class number; with `colours` a pixel holds 65536 r + 256 g + b. Raises ValueError for any
     other value, and for a format that may have changed the values."""
     with about(file), Image.open(file) as image:
-        # PIL stretches 2 and 4 bits a pixel to 8; an "L;" in `tile` tells it.
-        lossy = re.search("L;|jpeg", f"{image.tile} {image.info.get('compression')}")
+        # PIL stretches 2 and 4 bits to 8, and cuts 16 of a colour; "L;" or "B;" in `tile` tells it.
+        lossy = re.search("[ABLR];|jpeg", f"{image.tile} {image.info.get('compression')}")
         modes = ("P", "L", "RGB", "RGBA") if colours else ("P", "L", "I", "I;16")
         require(image.format in ("PNG", "BMP", "TIFF") and image.mode in modes and not lossy,
                 f"{image.format} of mode {image.mode}; save class numbers as palette or 8-bit grey "
@@ -597,7 +595,8 @@ class Folder:
         each class, and what looks like a mistake. Raises ValueError with up to 20 problems."""
         problems, turned, titles, pixels, N = [], 0, {}, {}, len(self.classes)
         for title, entry in progress([(t, e) for t in lists for e in lists[t]], "check"):
-            titles[entry[0]] = (*titles.get(entry[0], ()), title)
+            file = os.path.realpath(self.path / entry[0])
+            titles[file] = (*titles.get(file, ()), title)
             try:
                 size = self.image(entry).shape[1:]
                 if entry[1]:
@@ -606,8 +605,8 @@ class Folder:
                             f"{size[1]} x {size[0]} pixels, upright as EXIF orientation says")
                     counts = label.flatten().bincount(minlength=IGNORE + 1)
                     pixels[title] = pixels.get(title, 0) + torch.cat([counts[:N], counts[-1:]])
-                    with contextlib.suppress(Exception), Image.open(self.path / entry[0]) as file:
-                        turned += file.getexif().get(0x0112, 1) != 1  # the tag of the orientation
+                    with contextlib.suppress(Exception), Image.open(file) as image:
+                        turned += image.getexif().get(0x0112) in range(2, 9)  # orientation
             except ValueError as error:
                 problems.append(str(error))
         problems[20:] = [f"... and {len(problems) - 20} more"] * (len(problems) > 20)
@@ -669,6 +668,7 @@ def draw_labelled(folder: Folder, count: int, seed: int) -> list[tuple]:
     shown = lru_cache(None)(lambda i: {*folder.mask(masked[i]).unique().tolist()} - {IGNORE})
     rng = np.random.default_rng(seed)
     draws = [rng.choice(len(masked), count, replace=False).tolist() for _ in range(100)]
+    draws = progress(draws, "look at masks")
     return [masked[i] for i in max(draws, key=lambda draw: len(set().union(*map(shown, draw))))]
 
 def scaled_size(height: int, width: int, scale: float) -> list[int]:
@@ -1006,8 +1006,8 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
     require(cfg.batch % WORLD == 0, f"--batch {cfg.batch} cannot be shared by {WORLD} processes")
     require(not saved or [*saved["classes"].items()] == [*folder.classes.items()],
             f"{folder.path}: other classes than those that the run started with")
-    lists = {f"{name}.txt": hashlib.sha256(repr(getattr(folder, name)).encode()).hexdigest()
-             for name in ("train", "val", "test")}
+    lists = {name: hashlib.sha256(repr(part).encode()).hexdigest() for name, part in dict(
+        train=folder.train, val=folder.val, test=folder.test, colors=folder.values).items()}
     changed = [f for f in lists if saved and saved["lists"].get(f, lists[f]) != lists[f]]
     require(not changed, f"{folder.path}: {', '.join(changed)}: changed since the run started; add "
             f"--dataset {cfg.dataset} to go on with it all the same")
@@ -1029,7 +1029,8 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
     modules = dict(student=student, model=ema.model, optimizer=optimizer)
     state = {k: saved[k] if saved else v for k, v in dict(step=0, last=-1.0, best=-1.0).items()}
     for name, module in modules.items() if saved else ():
-        module.load_state_dict(saved[name])
+        with about(f"{cfg.out}/last.pt"):
+            module.load_state_dict(saved[name])
     out = Path(cfg.out) if saved else new_run(cfg, labelled) if RANK == 0 else None
     log = log or (open_log(out) if RANK == 0 else None)
     def save(name):  # replaces the old file when the new one is complete
@@ -1303,7 +1304,7 @@ def predict(checkpoint: str, images: list[str], typed: dict) -> None:
     for name in progress(images, "predict"):
         file, overlay = (out / f"{Path(name).stem}-{kind}.png" for kind in ("mask", "overlay"))
         try:
-            require(not file.exists(), f"{file}: exists (or two names are alike); change --out")
+            require(not file.exists() and not overlay.exists(), f"{file} exists; change --out")
             label, _ = segment(model.to(device), image := read_image(name), cfg, device)
             mask = colour_mask(label, classes)
             Image.blend(VF.to_pil_image(image), mask.convert("RGB"), 0.55).save(overlay)
@@ -1358,10 +1359,9 @@ def main(argv=None) -> int:
             log = open_log(Path(run)) if RANK == 0 else None
             saved = load_file(Path(run) / "last.pt", *("model config classes student optimizer "
                               "labelled lists step last best").split())
-            saved["lists"] = {} if "dataset" in typed else saved["lists"]
             with about(run):
                 cfg = Config(**saved["config"] | typed | dict(out=run))
-            train(cfg, None, saved, log)
+            train(cfg, None, saved | {"lists": {}} if "dataset" in typed else saved, log)
         elif args.eval is not None:
             model, cfg, classes = load_checkpoint(args.eval, typed)
             folder, device = open_data(cfg), pick_device(cfg.device)
@@ -1394,6 +1394,6 @@ def main(argv=None) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace", line_buffering=True)  # for names a console lacks
     sys.exit(main())

@@ -476,7 +476,7 @@ def test_before_training_pixels_are_counted_and_what_looks_wrong_is_named(folder
         "note: no labelled mask shows animal, plant, food, building",
         "note: no validation mask shows animal, plant, food, building",
         "note: EXIF orientation turns 1 images; are their masks upright?",
-        "note: 1 images are labelled and labelled and validation: images/1.png"]
+        f"note: 1 images are labelled and labelled and validation: {folder}/images/1.png"]
     assert {image[7] for image, _ in semivl.draw_labelled(data, 3, 0)} == {*"012"}
 
 def test_names_with_blanks_stand_before_a_tab(folder):
@@ -620,7 +620,7 @@ def test_a_run_goes_on_with_its_own_lists_or_with_those_that_are_named(whole, tm
     content["config"]["dataset"] = str(data)
     torch.save(content, run / "last.pt")
     save(data / "splits", {"train.txt": pairs(0, 1, 2)})
-    for options, told in (([], "train.txt: changed since the run started"),
+    for options, told in (([], "images: train: changed since the run"),
                           (["--dataset", str(data)], ""), ([], "--dataset")):
         assert semivl.main(["--resume", str(run), *options]) == 2 * bool(told)
         assert told in capsys.readouterr().err
