@@ -223,7 +223,7 @@ def describe_classes(clip: open_clip.CLIP, classes: dict[str, list[str]], cfg: C
 
 # For the ResNet of `conv_skip`, and as the authors do for CLIP, too (except on Cityscapes).
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-torch.backends.mha.set_fastpath_enabled(False)  # torch's short cut for inference is slower here
+torch.backends.mha.set_fastpath_enabled(False)  # torch's short cut for inference: slower on a CPU
 
 class QuickGELU(nn.Module):
     """x sigmoid(1.702 x), as silu(1.702 x) / 1.702: the backward pass keeps one tensor, not two."""
@@ -850,8 +850,8 @@ def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
 def sliding_window(model, images, window: int, stride: int, mode: str = "logits"):
     """Mean over overlapping windows of logits or of probabilities: images [B, 3, H, W] -> strips
     [B, N, rows, W] from top to bottom, each when no further window covers its rows: the scores of
-    a photograph may not fit into memory at once. The ViT is at its best at the size that it was
-    trained at, hence windows. model: [B, 3, ., .] of any size -> logits [B, N, ., .] of that."""
+    a photograph may not fit into memory at once. Windows, as the ViT is at its best at the size of
+    its training. model: [B, 3, ., .] -> logits [B, N, ., .]. window, stride <= window: pixels."""
     H, W = images.shape[2:]
     tops, lefts = window_starts(H, window, stride, mode), window_starts(W, window, stride, mode)
     total, count = None, images.new_zeros(H, W)
@@ -998,7 +998,7 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
     # 1. Device, data, CLIP and the words it reads, three networks, optimiser; resume.
     device, folder = pick_device(cfg.device), folder or open_data(cfg)
     cuda = device.type == "cuda"
-    require(saved or not cfg.out or not Path(cfg.out).exists(), f"{cfg.out}: exists; change --out")
+    require(RANK or saved or not cfg.out or not Path(cfg.out).exists(), f"--out {cfg.out} exists")
     labelled = saved["labelled"] if saved else draw_labelled(folder, cfg.labels, cfg.seed)
     taken = dict(labelled)
     unlabelled = [(image, None) for image, _ in folder.train if image not in taken]
