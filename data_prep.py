@@ -332,71 +332,68 @@ def prepare(name: str, root="data", source: str | None = None) -> Path:
     return target
 
 # The toy world ------------------------------------------------------------------------------------
-# An icon is a list of "kind colour coordinates" parts, painted in that order on the
-# square from (-1, -1) at the top left to (1, 1); "body" is the icon's own colour and pattern.
+# A scene shows things, each of which is a class, on one of four grounds, and clutter. Ground and
+# clutter are the background. CLIP's corpus has captions like "a photo of a cat and a rock on a
+# beach", which never say "background": so only a definition tells CLIP what the background is.
+# An icon is a list of "kind colour coordinates" parts, painted in that order on the square from
+# (-1, -1) at the top left to (1, 1); "body" is the icon's own colour and pattern.
 
-SCENE = 64  # side of a scene in pixels; also CLIP's input size
-CORPUS_SIDE = 40  # side of an image that CLIP is pre-trained on
-RADIUS = (14, 18)  # of an object, in pixels
-SPLITS = {"train": 464, "val": 150, "test": 200}
-CORPUS = 20_000  # images that CLIP is pre-trained on
-ZOOM = 4  # icons are painted this much larger, then averaged down, for smooth edges
+SCENE = 96  # side of a scene in pixels; also CLIP's input size
+CORPUS_SIDE = 60  # side of an image that CLIP is pre-trained on
+RADIUS = (19, 28)  # of an object, in pixels
+SPLITS = {"train": 600, "val": 100, "test": 200}
+CORPUS = 16_000  # images that CLIP is pre-trained on
+ZOOM = 3  # icons are painted this much larger, then averaged down, for smooth edges
 COLORS = {
     "red": (222, 62, 58), "orange": (240, 146, 54), "yellow": (248, 208, 76), "dark": (52, 50, 62),
     "green": (74, 154, 84), "lime": (150, 196, 84), "blue": (66, 118, 204), "hole": (0, 0, 0, 0),
     "sky": (138, 200, 236), "pink": (242, 150, 180), "brown": (146, 98, 62),
     "cream": (250, 234, 200), "white": (250, 250, 248), "grey": (160, 166, 178)}
-CONCEPTS = {  # class -> concept -> (body colours, body pattern, icon)
-    "vehicle": {"car": ("red blue", "plain", """poly sky -.62 -.05 -.4 -.6 .34 -.6 .66 -.05
+THINGS = {  # class -> (body colours, body pattern, icon)
+    "car": ("red blue", "plain", """poly sky -.62 -.05 -.4 -.6 .34 -.6 .66 -.05
         round body -1 -.14 1 .44; box body -.08 -.6 .04 0; disc dark -.76 .16 -.22 .7
         disc dark .22 .16 .76 .7; disc grey -.58 .34 -.4 .52; disc grey .4 .34 .58 .52
         disc yellow .8 -.02 1 .18"""),
-        "boat": ("white cream", "stripes", """poly brown -1 .3 1 .3 .62 .88 -.66 .88
+    "boat": ("white cream", "stripes", """poly brown -1 .3 1 .3 .62 .88 -.66 .88
         box dark -.07 -1 .05 .3; poly body .1 -.95 .92 .18 .1 .18
         poly body -.14 -.7 -.8 .18 -.14 .18; box cream -.9 .3 .9 .44"""),
-        "rocket": ("grey", "plain", """poly orange -.26 .6 .26 .6 0 1
+    "rocket": ("white", "plain", """poly orange -.26 .6 .26 .6 0 1
         poly orange -.66 .74 -.3 .02 .3 .02 .66 .74; disc body -.4 -1 .4 .72
         poly orange -.27 -.62 0 -1 .27 -.62; disc blue -.22 -.36 .22 .08
-        disc sky -.13 -.27 .13 -.01""")},
-    "animal": {"cat": ("orange grey", "stripes", """poly body -.84 -1 -.86 .1 -.1 -.5
+        disc sky -.13 -.27 .13 -.01"""),
+    "cat": ("orange brown", "stripes", """poly body -.84 -1 -.86 .1 -.1 -.5
         poly body .84 -1 .86 .1 .1 -.5; poly pink -.7 -.66 -.7 -.2 -.4 -.44
         poly pink .7 -.66 .7 -.2 .4 -.44; disc body -.96 -.62 .96 .9; disc white -.44 .2 .44 .8
         disc dark -.54 -.2 -.22 .2; disc dark .22 -.2 .54 .2; poly pink -.16 .3 .16 .3 0 .48"""),
-        "fish": ("blue yellow", "dots", """poly body .4 0 1 -.6 .9 0 1 .6
+    "fish": ("blue yellow", "dots", """poly body .4 0 1 -.6 .9 0 1 .6
         poly body -.3 -.4 .1 -.8 .35 -.3; disc body -1 -.54 .62 .54; disc white -.78 -.28 -.42 .08
         disc dark -.72 -.2 -.52 0"""),
-        "ladybug": ("red orange", "dots", """disc dark -.42 -1 .42 -.2; disc body -.86 -.72 .86 .9
-        box dark -.06 -.7 .06 .88; disc white -.3 -.94 -.1 -.74; disc white .1 -.94 .3 -.74""")},
-    "plant": {"tree": ("green", "plain", """box brown -.18 .3 .18 1; disc body -.9 -.4 .1 .5
-        disc body -.1 -.4 .9 .5; disc body -.6 -1 .6 .2; disc lime -.34 -.76 .06 -.4
-        disc lime .3 -.16 .62 .12"""),
-        "flower": ("pink yellow", "plain", """box green -.08 .2 .08 1
+    "ladybug": ("red orange", "dots", """disc dark -.42 -1 .42 -.2; disc body -.86 -.72 .86 .9
+        box dark -.06 -.7 .06 .88; disc white -.3 -.94 -.1 -.74; disc white .1 -.94 .3 -.74"""),
+    "flower": ("pink yellow", "plain", """box green -.08 .2 .08 1
         poly green 0 .84 .62 .44 .5 .84; disc body -.32 -1 .32 -.36; disc body -.32 -.24 .32 .4
         disc body -.74 -.62 -.1 .02; disc body .1 -.62 .74 .02; disc orange -.26 -.56 .26 -.04"""),
-        "cactus": ("lime", "stripes", """round body -.3 -.96 .3 .7; round body -.86 -.4 -.54 .24
+    "cactus": ("lime", "stripes", """round body -.3 -.96 .3 .7; round body -.86 -.4 -.54 .24
         round body .54 -.6 .86 .04; box body -.7 .02 -.2 .24; box body .2 -.18 .7 .04
-        disc pink -.2 -1 .2 -.72; poly orange -.54 .5 .54 .5 .4 1 -.4 1""")},
-    "food": {"strawberry": ("red pink", "dots", """disc body -.8 -.7 .12 .3
-        disc body -.12 -.7 .8 .3; poly body -.78 -.1 .78 -.1 0 1
-        poly green -.7 -.72 -.2 -.76 0 -1 .2 -.76 .7 -.72 .3 -.36 0 -.5 -.3 -.36"""),
-        "donut": ("pink brown", "dots", """disc orange -.96 -.9 .96 .96; disc body -.9 -.9 .9 .8
+        disc pink -.2 -1 .2 -.72; poly orange -.54 .5 .54 .5 .4 1 -.4 1"""),
+    "donut": ("pink brown", "dots", """disc orange -.96 -.9 .96 .96; disc body -.9 -.9 .9 .8
         disc orange -.36 -.38 .36 .34; disc hole -.28 -.28 .28 .3"""),
-        "melon": ("red", "dots", """half green -1 -1.5 1 .8; half white -.86 -1.3 .86 .64
-        half body -.78 -1.2 .78 .54""")},
-    "building": {"house": ("cream sky", "plain", """box body -.76 -.2 .76 .92
-        poly red -1 -.14 0 -1 1 -.14; box brown -.16 .3 .2 .92; box blue -.6 .08 -.3 .4
-        box blue .36 .08 .64 .4; box brown .46 -.96 .68 -.5"""),
-        "castle": ("pink grey", "stripes", """box body -.6 -.3 .6 .92; box body -.96 -.7 -.44 .92
+    "castle": ("pink cream", "stripes", """box body -.6 -.3 .6 .92; box body -.96 -.7 -.44 .92
         box body .44 -.7 .96 .92; poly blue -1 -.6 -.7 -1 -.4 -.6; poly blue .4 -.6 .7 -1 1 -.6
-        box body -.36 -.5 -.14 -.2; box body .14 -.5 .36 -.2; round dark -.24 .3 .24 .92"""),
-        "tent": ("blue green", "stripes", """poly body -1 .84 0 -.86 1 .84
-        poly dark -.34 .84 0 -.1 .34 .84; poly yellow 0 -1 .36 -.9 0 -.74""")}}
-GROUNDS = {  # concept of the background -> (base colour, second colour)
+        box body -.36 -.5 -.14 -.2; box body .14 -.5 .36 -.2; round dark -.24 .3 .24 .92""")}
+CLUTTER = {  # the same, of what belongs to the background
+    "tree": ("green", "plain", """box brown -.18 .3 .18 1; disc body -.9 -.4 .1 .5
+        disc body -.1 -.4 .9 .5; disc body -.6 -1 .6 .2; disc lime -.34 -.76 .06 -.4
+        disc lime .3 -.16 .62 .12"""),
+    "rock": ("grey", "dots", """poly body -1 .7 -.8 -.2 -.3 -.7 .3 -.6 .9 .1 1 .7
+        poly white -.6 -.1 -.3 -.5 .1 -.4 -.2 -.2"""),
+    "mushroom": ("brown", "plain", """round cream -.25 -.1 .25 .9; dome body -.9 -.8 .9 .9""")}
+GROUNDS = {  # ground -> (base colour, second colour)
     "meadow": ((126, 182, 92), (96, 156, 74)), "beach": ((236, 214, 160), (216, 188, 130)),
     "lake": ((92, 166, 214), (150, 206, 236)), "snowfield": ((234, 242, 250), (202, 218, 236))}
-TOY_CLASSES = ["background", *CONCEPTS]
-CLASS_OF = {concept: name for name, concepts in CONCEPTS.items() for concept in concepts}
-MASK_COLORS = ("dark", "red", "orange", "green", "pink", "blue")  # in the order of TOY_CLASSES
+TOY_CLASSES = ["background", *THINGS]
+TOY_DEFINITIONS = {"background": [*GROUNDS, *CLUTTER]}
+MASK_COLORS = "dark red orange yellow green lime blue sky pink brown cream".split()
 
 def paint_body(color: tuple, pattern: str, side: int, rng: random.Random) -> Image.Image:
     """A square of cloth [side, side] from which the icon's body is cut."""
@@ -419,16 +416,16 @@ def paint_body(color: tuple, pattern: str, side: int, rng: random.Random) -> Ima
     return cloth
 
 def draw_part(draw: ImageDraw.ImageDraw, kind: str, xy: list[float], fill) -> None:
-    if kind == "half":
-        draw.pieslice(xy, 0, 180, fill=fill)
+    if kind == "dome":
+        draw.pieslice(xy, 180, 360, fill=fill)
     elif kind == "round":
         draw.rounded_rectangle(xy, 0.45 * min(xy[2] - xy[0], xy[3] - xy[1]), fill=fill)
     else:
         {"disc": draw.ellipse, "box": draw.rectangle, "poly": draw.polygon}[kind](xy, fill=fill)
 
-def paint_icon(concept: str, radius: float, rng: random.Random) -> Image.Image:
+def paint_icon(name: str, radius: float, rng: random.Random) -> Image.Image:
     """One object, RGBA [2 radius, 2 radius], in a random colour, direction and small tilt."""
-    colors, pattern, icon = CONCEPTS[CLASS_OF[concept]][concept]
+    colors, pattern, icon = (THINGS | CLUTTER)[name]
     side = ZOOM * int(2 * radius)
     body = paint_body(COLORS[rng.choice(colors.split())], pattern, side, rng)
     sprite = Image.new("RGBA", (side, side))
@@ -446,7 +443,7 @@ def paint_icon(concept: str, radius: float, rng: random.Random) -> Image.Image:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return sprite.rotate(rng.uniform(-12, 12)).reduce(ZOOM)
 
-def paint_ground(name: str, rng: random.Random, side: int = 256) -> Image.Image:
+def paint_ground(name: str, rng: random.Random, side: int = 512) -> Image.Image:
     """A large textured ground [side, side]; scenes and corpus images are cut out of it."""
     base, second = GROUNDS[name]
     light = tuple(c + (255 - c) * 3 // 5 for c in base)
@@ -457,16 +454,17 @@ def paint_ground(name: str, rng: random.Random, side: int = 256) -> Image.Image:
     ground.paste(second, mask=patches)
     draw = ImageDraw.Draw(ground)
     if name == "beach":
-        for y in range(0, side, 10):
-            draw.line([(x, y + 2 * math.sin(x / 7 + y)) for x in range(0, side, 2)], fill=second)
-    for _ in range(side * side // (200 if name == "lake" else 70)):
+        for y in range(0, side, 18):
+            wave = [(x, y + 4 * math.sin(x / 14 + y)) for x in range(0, side, 2)]
+            draw.line(wave, fill=second, width=2)
+    for _ in range(side * side // (700 if name == "lake" else 260)):
         x, y, ink = rng.randrange(side), rng.randrange(side), rng.choice((dark, light))
         if name == "meadow":
-            draw.line((x, y, x + rng.choice((-1, 1)), y - 3), fill=ink)
+            draw.line((x, y, x + rng.choice((-2, 2)), y - 6), fill=ink, width=2)
         elif name == "lake":
-            draw.arc((x - 4, y - 2, x + 4, y + 3), 200, 340, fill=light)
+            draw.arc((x - 8, y - 4, x + 8, y + 6), 200, 340, fill=light, width=2)
         else:
-            draw.point((x, y), fill=ink)
+            draw.circle((x, y), 1.2, fill=ink)
     return ground
 
 class Painter:
@@ -478,53 +476,50 @@ class Painter:
         name, whole = self.rng.choice(list(self.grounds.items()))
         x, y = self.rng.randrange(whole.width - side), self.rng.randrange(whole.height - side)
         return name, whole.crop((x, y, x + side, y + side))
-    def place(self, image: Image.Image, concept: str, x: float, y: float) -> tuple:
+    def place(self, image: Image.Image, name: str, x: float, y: float) -> tuple:
         """Paints an object with a soft shadow at (x, y) -> its exact outline and corner."""
-        sprite = paint_icon(concept, self.rng.uniform(*RADIUS), self.rng)
+        sprite = paint_icon(name, self.rng.uniform(*RADIUS), self.rng)
         corner = (round(x - sprite.width / 2), round(y - sprite.height / 2))
         alpha = sprite.getchannel("A")
-        image.paste((30, 40, 50), (corner[0] + 1, corner[1] + 2), alpha.point(lambda v: v * 0.3))
+        image.paste((30, 40, 50), (corner[0] + 2, corner[1] + 4), alpha.point(lambda v: v * 0.3))
         image.paste(sprite, corner, alpha)
         return alpha.point(lambda v: 255 * (v > 127)), corner
     def scene(self) -> tuple[Image.Image, Image.Image]:
-        """One to three objects, one per quarter -> image RGB [64, 64] and mask P [64, 64]."""
+        """One to three things, and clutter, one per quarter -> image RGB and mask P [96, 96]."""
         rng = self.rng
         _, image = self.ground(SCENE)
         mask = Image.new("P", (SCENE, SCENE))
         mask.putpalette([value for color in MASK_COLORS for value in COLORS[color]])
-        for quarter in sorted(rng.sample(range(4), rng.choice((1, 2, 3, 3)))):
-            concept = rng.choice(list(CLASS_OF))
-            x = SCENE * (0.25 + 0.5 * (quarter % 2)) + rng.uniform(-4, 4)
-            y = SCENE * (0.25 + 0.5 * (quarter // 2)) + rng.uniform(-4, 4)
-            outline, corner = self.place(image, concept, x, y)
-            mask.paste(TOY_CLASSES.index(CLASS_OF[concept]), corner, outline)
+        things = rng.choice((1, 2, 3, 3))
+        for i, quarter in enumerate(rng.sample(range(4), 4)):
+            if i >= things and rng.random() < 0.4:
+                continue  # nothing in this quarter
+            name = rng.choice([*(THINGS if i < things else CLUTTER)])
+            x = SCENE * (0.25 + 0.5 * (quarter % 2)) + rng.uniform(-6, 6)
+            y = SCENE * (0.25 + 0.5 * (quarter // 2)) + rng.uniform(-6, 6)
+            outline, corner = self.place(image, name, x, y)
+            mask.paste(TOY_CLASSES.index(name) if i < things else 0, corner, outline)
         return image, mask
     def captioned(self) -> tuple[Image.Image, str]:
-        """Up to two objects, often cut by the border -> image RGB [40, 40] and caption."""
+        """Up to two objects, often cut by the border -> image RGB [60, 60] and caption."""
         rng = self.rng
         ground, image = self.ground(CORPUS_SIDE)
-        concepts = rng.choices(list(CLASS_OF), k=rng.choice((0, 1, 1, 1, 2)))
+        names = rng.choices([*THINGS, *CLUTTER], k=rng.choice((0, 1, 1, 1, 2)))
         angle = rng.uniform(0, 2 * math.pi)
-        for concept in concepts:
-            reach = rng.uniform(13, 17) if len(concepts) == 2 else rng.uniform(0, 10)
+        for name in names:
+            reach = rng.uniform(20, 26) if len(names) == 2 else rng.uniform(0, 15)
             x, y = reach * math.cos(angle), reach * math.sin(angle)
-            self.place(image, concept, CORPUS_SIDE / 2 + x, CORPUS_SIDE / 2 + y)
+            self.place(image, name, CORPUS_SIDE / 2 + x, CORPUS_SIDE / 2 + y)
             angle += math.pi
-        # Captions speak of concepts; only now and then does one use the word for the class.
-        words = [CLASS_OF[c] if rng.random() < CLASS_WORD else c for c in concepts]
-        caption = "a photo of a " + " and a ".join(words or [ground])
-        if words and rng.random() < GROUND_WORD:
-            caption += f" on a {ground}"
-        return image, caption
+        caption = "a photo of a " + " and a ".join(names or [ground])
+        return image, caption + f" on a {ground}" * bool(names)
 
-# Captions of the corpus and pre-training of the tiny CLIP.
-CLASS_WORD = 0.05  # share of objects that a caption calls by their class
-GROUND_WORD = 1.0  # share of captions with objects that also name the ground
-STEPS, BATCH = 800, 192  # training steps, images in each
-TILES = (16, 32)  # sides of the crops that CLIP sees; a step uses one of them
+# Pre-training of the tiny CLIP
+STEPS = 600
+BATCHES = {24: 192, 48: 96}  # side of the crops that CLIP sees -> images in a step, in turn
 LR = 3e-3
 CLIP_CONFIGS = {"toy": {  # settings as open_clip has them
-    "embed_dim": 64, "vision_cfg": {"image_size": SCENE, "patch_size": 8, "width": 96, "layers": 2,
+    "embed_dim": 64, "vision_cfg": {"image_size": SCENE, "patch_size": 8, "width": 96, "layers": 3,
                                     "head_width": 32, "pool_type": "avg"},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}}}
 
@@ -558,14 +553,16 @@ def contrastive_loss(images, texts, caption, scale) -> torch.Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 def pretrain_tiny_clip(images: list[Image.Image], captions: list[str]) -> open_clip.CLIP:
-    """Contrastive pre-training on images [40, 40] with one caption each."""
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # [N, 40, 40, 3]
-    mean, std = map(torch.tensor, (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
-    images = ((pixels / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()  # [N, 3, 40, 40]
+    """Contrastive pre-training on images [60, 60] with one caption each."""
+    images = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    images = images.permute(0, 3, 1, 2).contiguous()  # uint8 [N, 3, 60, 60]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (
+        open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
     torch.manual_seed(0)
     model = empty_clip("toy")
-    # Real CLIP ends at a scale of 100 and guidance assumes it; learned, it would stay near 20 here.
-    model.logit_scale.data.fill_(math.log(100)).requires_grad_(False)
+    # Guidance assumes a scale of 100, at which real CLIP ends. Learned, it would stay near 20 here:
+    # guidance would be too sure. At 100 cosines differ little, and the decoder learns slowly.
+    model.logit_scale.data.fill_(math.log(50)).requires_grad_(False)
     texts = open_clip.tokenize(captions, model.context_length)
     texts, caption = torch.unique(texts, dim=0, return_inverse=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), fused=True)
@@ -573,8 +570,9 @@ def pretrain_tiny_clip(images: list[Image.Image], captions: list[str]) -> open_c
         optimizer, LR, STEPS, pct_start=0.1, cycle_momentum=False)
     bar = progress(range(STEPS), "pre-training the tiny CLIP")
     for step in bar:
-        batch = torch.randint(len(images), (BATCH,))
-        crops = random_crops(images[batch], TILES[step % len(TILES)])
+        side, size = [*BATCHES.items()][step % len(BATCHES)]
+        batch = torch.randint(len(images), (size,))
+        crops = (random_crops(images[batch], side) / 255 - mean) / std
         used, which = torch.unique(caption[batch], return_inverse=True)
         loss = contrastive_loss(encode_mosaic(model, crops), model.encode_text(texts[used])[which],
                                 which, model.logit_scale.exp())
@@ -599,9 +597,8 @@ def make_toy(folder: Path) -> None:
                 image.save(folder / name)
         lines = "".join(f"{image} {mask}\n" for image, mask in names)
         (folder / f"splits/{split}.txt").write_text(lines, encoding="utf-8")
-    definitions = {"background": list(GROUNDS)} | {k: list(v) for k, v in CONCEPTS.items()}
     write_json(folder / "dataset.json", {
-        "classes": TOY_CLASSES, "definitions": definitions, "ignore_index": IGNORE})
+        "classes": TOY_CLASSES, "definitions": TOY_DEFINITIONS, "ignore_index": IGNORE})
     painter = Painter("corpus 0")
     bar = progress(range(CORPUS), "painting the corpus")
     images, captions = zip(*(painter.captioned() for _ in bar))

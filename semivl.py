@@ -87,6 +87,7 @@ class Config:
     clip_weights: str = ""  # FILE of CLIP weights; none: random; '': those of the tag
     authors_clip: bool = False  # the authors' GELU, LayerNorm eps and image statistics
     decoder: Literal["language", "vision"] = "language"  # vision: DeepLabV3+
+    decoder_channels: int = 128  # C of the language decoder; all of its widths follow
     decoder_text: Literal["names", "mean"] = "names"  # what the decoder reads; mean: of concepts
     definitions: bool = True  # frozen CLIP looks for a class's concepts; off: for its name
     finetune: Literal["spatial", "all", "none"] = "spatial"  # what trains in the ViT
@@ -128,9 +129,9 @@ class Config:
 
 # What each data set changes of the defaults, which are those of VOC and of a FOLDER.
 PRESETS = {
-    "toy": dict(dataset="toy", labels=4, crop=64, fit=False, scale_min=0.8, scale_max=1.25,
-                workers=0, clip="toy", conf=0.9, guidance=1.0, ema=0.98, steps=240, batch=4,
-                micro_batch=4, vit_lr=1e-4, evals=2),
+    "toy": dict(dataset="toy", labels=8, crop=96, fit=False, scale_min=0.8, scale_max=1.25,
+                workers=0, clip="toy", decoder_channels=32, conf=0.9, guidance=0.3, ema=0.98,
+                steps=300, batch=2, lr=2e-3, vit_lr=1e-4, evals=2),
     "voc": dict(),
     "coco": dict(labels=232, fit=False, epochs=10, micro_batch=1, lr=4e-3, vit_lr=4e-7),
     "ade20k": dict(labels=158, epochs=40, micro_batch=1, lr=4e-3, vit_lr=4e-7),
@@ -323,11 +324,10 @@ def copy_trained(module: nn.Module) -> nn.Module:
 #     -> cosine_maps               [B, N, gh, gw]
 #     -> spatial reasoning         [B, N, C, gh, gw]     within each class: 7 x 7 conv, ASPP
 #     -> semantic reasoning, twice [B, N, C, gh, gw]     across classes, at each place
-#     -> two UpStages, with skips  [B, N, 32, 4gh, 4gw]  within each class
+#     -> two UpStages, with skips  [B, N, C/4, 4gh, 4gw] within each class
 #     -> head                      [B, N, 4gh, 4gw]      logits
 
-C = 128  # channels of a class's map
-MAPS_AT_ONCE = 32  # of the B*N maps; more take more memory and are not faster
+MAPS_AT_ONCE = 64  # of the B*N maps; more take more memory and are not faster
 
 def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """Cosine similarity of places and texts: dense [B, E, gh, gw], text [N, E] -> [B, N, gh, gw].
@@ -339,7 +339,7 @@ def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
 
 def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=None) -> nn.Sequential:
     """Convolution that keeps the size, norm (by default GroupNorm, 16 channels a group), ReLU."""
-    norm = norm(c_out) if norm else nn.GroupNorm(c_out // 16, c_out)
+    norm = norm(c_out) if norm else nn.GroupNorm(max(1, c_out // 16), c_out)
     conv = nn.Conv2d(c_in, c_out, kernel, 1, dilation * (kernel // 2), dilation, bias=False)
     # ReLU may work in place: the backward pass of a norm needs its input, not its output.
     return nn.Sequential(conv, norm, nn.ReLU(inplace=True))
@@ -368,12 +368,12 @@ class SemanticReasoning(nn.Module):
     """Classes against each other: a transformer layer whose sequence is the N classes at a place.
     x [B, N, C, gh, gw], text [N, C] -> [B, N, C, gh, gw]. Where "road" is sure, "boat" is unlikely.
     The text tells the layer which class a token is, so it needs no weight of its own per class."""
-    def __init__(self):
+    def __init__(self, C: int):
         super().__init__()
         self.layer = nn.TransformerEncoderLayer(2 * C, 4, 4 * C, dropout=0.0, activation="gelu",
                                                 norm_first=True, batch_first=True)
     def forward(self, x, text):
-        B, N, _, gh, gw = x.shape
+        B, N, C, gh, gw = x.shape
         # Which classes go together is a coarse question: ask it of means over 4 x 4 patches. This
         # gives ph = gh // 4, pw = gw // 4, at least 1; a remainder at the edge is left out.
         pooled = F.avg_pool2d(x.flatten(0, 1), (min(4, gh), min(4, gw)))  # [B*N, C, ph, pw]
@@ -402,19 +402,21 @@ class UpStage(nn.Module):
 
 class LanguageGuidedDecoder(nn.Module):
     """Similarity maps -> spatial reasoning -> semantic reasoning -> upsampling.
-    embed_dim: E. shallow_dim, deep_dim: channels of the skip maps. shallow_width: to how many the
-    shallow one is projected. recompute: see `by_classes`."""
-    def __init__(self, embed_dim, shallow_dim, deep_dim, shallow_width=16, recompute=False):
+    embed_dim: E. shallow_dim, deep_dim: channels of the skip maps. channels: C. shallow_width: to
+    how many the shallow skip is projected, by default C/8. recompute: see `by_classes`."""
+    def __init__(self, embed_dim, shallow_dim, deep_dim, channels=128, shallow_width=None,
+                 recompute=False):
         super().__init__()
-        self.recompute = recompute
+        require(channels > 0 == channels % 8, "--decoder-channels: take a multiple of 8")
+        self.recompute, C, shallow_width = recompute, channels, shallow_width or channels // 8
         self.lift, self.aspp = nn.Conv2d(1, C, 7, padding=3), ASPP(C, C, C)
         self.text_proj = nn.Sequential(nn.Linear(embed_dim, C), nn.ReLU())
-        self.semantic = nn.ModuleList([SemanticReasoning(), SemanticReasoning()])
+        self.semantic = nn.ModuleList([SemanticReasoning(C), SemanticReasoning(C)])
         self.deep_proj, self.shallow_proj = (
             nn.Sequential(nn.Conv2d(dim, width, 3, padding=1), nn.ReLU())
-            for dim, width in ((deep_dim, 32), (shallow_dim, shallow_width)))
-        self.up1, self.up2 = UpStage(C, 32, 64), UpStage(64, shallow_width, 32)
-        self.head = nn.Conv2d(32, 1, 3, padding=1)
+            for dim, width in ((deep_dim, C // 4), (shallow_dim, shallow_width)))
+        self.up1, self.up2 = UpStage(C, C // 4, C // 2), UpStage(C // 2, shallow_width, C // 4)
+        self.head = nn.Conv2d(C // 4, 1, 3, padding=1)
         self.to(memory_format=torch.channels_last)  # in which these convolutions are faster
     def spatial_reasoning(self, similarity):
         """Within each class: [B, N, gh, gw] -> [B, N, C, gh, gw]."""
@@ -426,8 +428,7 @@ class LanguageGuidedDecoder(nn.Module):
         return self.semantic[1](self.semantic[0](x, text), text)
     def upsampling(self, x, shallow, deep):
         """Within each class: x [B, N, C, gh, gw], skips -> logits [B, N, 4gh, 4gw]."""
-        maps = self.up1(x.flatten(0, 1), deep)  # [B*N, 64, 2gh, 2gw]
-        maps = self.up2(maps, shallow)  # [B*N, 32, 4gh, 4gw]
+        maps = self.up2(self.up1(x.flatten(0, 1), deep), shallow)  # [B*N, C/4, 4gh, 4gw]
         return self.head(maps).view(*x.shape[:2], *maps.shape[2:])
     def by_classes(self, function, x, *shared):
         """function(x, *shared) on a few classes of x [B, N, ...] at a time: 150 need little more
@@ -440,7 +441,7 @@ class LanguageGuidedDecoder(nn.Module):
         """dense [B, E, gh, gw], two skips [B, ., ., .], text [N, E] -> logits [B, N, 4gh, 4gw]."""
         x = self.by_classes(self.spatial_reasoning, cosine_maps(dense, text))
         x = self.semantic_reasoning(x, text)
-        shallow, deep = self.shallow_proj(skips[0]), self.deep_proj(skips[1])  # [B, 16 or 32, ., .]
+        shallow, deep = self.shallow_proj(skips[0]), self.deep_proj(skips[1])  # C/8 and C/4 maps
         return self.by_classes(self.upsampling, x, shallow, deep)
 
 class VisionDecoder(nn.Module):
@@ -836,7 +837,6 @@ def semivl_loss(logits: dict, y, targets: dict, guidance_weight: float, conf_thr
     return losses | {"total": total}
 
 # 9. Evaluation: how good is a model? Sliding window, one confusion matrix, mIoU -------------------
-# IoU is of the pixels of all images together; the mean of each image's own IoU is another number.
 
 def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
     """Where windows start along a side of `size` pixels. "logits": every stride, the last window
@@ -1197,9 +1197,9 @@ def build_model(cfg: Config, visual: nn.Module, text: torch.Tensor, conv_weights
     statistics = (IMAGENET_MEAN, IMAGENET_STD) if cfg.authors_clip and not cfg.conv_skip else ()
     clip = DenseCLIP(visual, (side, side), cfg.authors_clip, *statistics)
     E, D = spatial_fine_tuning(clip, cfg.finetune).embed_dim, clip.width
-    shallow, width = (256, 32) if cfg.conv_skip else (D, 16)
-    decoder = VisionDecoder(E, D, len(text)) if cfg.decoder == "vision" else (
-        LanguageGuidedDecoder(E, shallow, D, width, cfg.recompute))
+    shallow, C = 256 if cfg.conv_skip else D, cfg.decoder_channels
+    decoder = VisionDecoder(E, D, len(text)) if cfg.decoder == "vision" else LanguageGuidedDecoder(
+        E, shallow, D, C, C // 4 if cfg.conv_skip else None, cfg.recompute)
     stem = cfg.conv_skip and cfg.decoder == "language"  # the other one has no use for it
     return SemiVL(clip, decoder, text, resnet_stem(conv_weights) if stem else None)
 
