@@ -1,7 +1,7 @@
 """SemiVL in one file: semi-supervised semantic segmentation with vision-language guidance.
 Paper: Hoyer, Tan, Naeem, Van Gool, Tombari, "SemiVL", ECCV 2024, arXiv 2311.16241.
 
-A few images have masks, many have none, and CLIP knows what words look like. One training step:
+A few images have masks, many have none, and CLIP connects words with images. One training step:
 
     labelled image x, mask y           unlabelled image, one random crop of it
           |                  /                      |                   \\
@@ -66,18 +66,18 @@ from torchvision.transforms.v2 import functional as VF
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-# 1. Settings: one flat Config, PRESETS with the published recipes, and the command line over both -
+# 1. Settings: one flat Config, PRESETS for each data set, and the command line over both ----------
 
 @dataclasses.dataclass
 class Config:
     """Each field is an option (`micro_batch` is --micro-batch), its comment the line of --help."""
 
     # Data
-    dataset: str = "voc"  # toy (if none is given), voc, coco, ade20k, cityscapes, or a FOLDER
+    dataset: str = "voc"  # toy (without this option), voc, coco, ade20k, cityscapes, or a FOLDER
     labels: int = 92  # how many images have a mask; all others of train.txt count as unlabelled
     root: str = "data"  # folder in which the named data sets are kept
     crop: int = 512  # side of the training crop and of the test window, pixels
-    fit: bool = True  # scale relative to the crop; at test the short side becomes the crop
+    fit: bool = True  # scale relative to the crop; at test the short side becomes one crop
     scale_min: float = 0.5  # smallest factor of the random scale
     scale_max: float = 2.0  # largest factor of the random scale
     workers: int = 4  # processes that load images; 0: the training process itself
@@ -96,7 +96,7 @@ class Config:
     # Method
     unlabelled: bool = True  # use the unlabelled images
     conf: float = 0.95  # lowest confidence of a pseudo-label that is used
-    weighting: Literal["pixel", "mean"] = "pixel"  # of pseudo-labels: `consistency_loss`
+    weighting: Literal["pixel", "mean"] = "pixel"  # pseudo-labels: sure pixels, or all
     guidance: float = 0.1  # weight of frozen CLIP's losses; falls linearly to 0
     guidance_conf: float = 0.9  # lowest probability of a label of frozen CLIP that is used
     ema: float = 0.996  # decay of the EMA teacher; 0: the student teaches itself
@@ -141,7 +141,7 @@ PRESETS = {
 IGNORE = 255  # "no label" in every mask in memory, whatever value a folder's files have for it
 
 def require(condition, message: str) -> None:
-    """A mistake of the user, who gets to see one line."""
+    """Raises ValueError(message) unless the condition holds; `main` prints it as one line."""
     if not condition:
         raise ValueError(message)
 
@@ -203,7 +203,7 @@ def encode_text(clip: open_clip.CLIP, names: list[str]) -> torch.Tensor:
     return clip.eval().encode_text(tokens.to(clip.token_embedding.weight.device)).float()
 
 def describe_classes(clip: open_clip.CLIP, classes: dict[str, list[str]], cfg: Config) -> tuple:
-    """Class name -> its concepts, to L2-normalised text embeddings: for the decoder [N, E], of the
+    """classes: name -> concepts. Returns L2-normalised text embeddings for the decoder [N, E], of
     names [N, E], of all concepts, class after class [K, E]; and how many concepts a class has."""
     text = names = encode_text(clip, list(classes))
     groups = list(classes.values()) if cfg.definitions else [[name] for name in classes]
@@ -216,13 +216,13 @@ def describe_classes(clip: open_clip.CLIP, classes: dict[str, list[str]], cfg: C
 # In: images [B, 3, H, W]. Out: dense embedding [B, E, gh, gw] and two skip maps [B, D, gh, gw].
 # CLIP's image embedding is read from the class token. In the last block its attention takes a
 # weighted mean of the patches' VALUE vectors, and that mean is what training has aligned with text.
-# So a single patch's own value vector, sent through the rest of the block, lies close to the text,
-# too. This is the "value path" (MaskCLIP, Zhou et al., ECCV 2022): attention is replaced by the
-# value of the token itself. What we lose is the context that the last attention would have brought.
+# So a single patch's own value vector, sent through the rest of the block, lies close to the text
+# of what the patch shows. This is the "value path" (MaskCLIP, Zhou et al., ECCV 2022): it replaces
+# attention by the token's own value. What we lose is the context that attention would have brought.
 # The decoder also needs to know where things end. It gets that from two skip maps of early blocks,
 # where a patch still describes its own pixels. They are value paths, too; no reason is published.
 
-# For the ResNet of `conv_skip`, and as the authors do for CLIP, too (except on Cityscapes).
+# The ResNet of `conv_skip` takes these; with `authors_clip` CLIP does, too (except on Cityscapes).
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 torch.backends.mha.set_fastpath_enabled(False)  # torch's short cut for inference: slower on a CPU
 
@@ -297,8 +297,8 @@ class DenseCLIP(nn.Module):
         return F.normalize(dense, dim=1), [maps[i] for i in self.skip_blocks]
 
 # 4. Spatial fine-tuning: which weights may learn without making CLIP forget? ----------------------
-# CLIP lacks local, spatial reasoning, which lives in attention. What it knows about the world lives
-# in the MLPs. So attention and the position embedding train; everything else stays as it was.
+# CLIP has learned from whole images, so it is poor at saying where things are. That takes place in
+# attention and position embedding: they train. What it knows is stored in the MLPs: all else stays.
 
 def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
     """Sets what trains in the ViT: "spatial" (of ViT-B/16 29.1 of 86.8 million values), "all" or
@@ -310,8 +310,8 @@ def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
     return clip
 
 def copy_trained(module: nn.Module) -> nn.Module:
-    """A frozen twin: it copies the parameters that train and shares all others, two thirds of the
-    ViT. So never load weights into a twin, and let no parameter that is shared start to train."""
+    """A copy that gets no gradients. It owns copies of the parameters that train and shares all
+    others, two thirds of the ViT: those must stay as they are, in the module and in the copy."""
     shared = {id(p): p for p in module.parameters() if not p.requires_grad}  # deepcopy leaves them
     return copy.deepcopy(module, memo=shared).requires_grad_(False).eval()
 
@@ -327,7 +327,7 @@ def copy_trained(module: nn.Module) -> nn.Module:
 #     -> two UpStages, with skips  [B, N, C/4, 4gh, 4gw] within each class
 #     -> head                      [B, N, 4gh, 4gw]      logits
 
-MAPS_AT_ONCE = 64  # of the B*N maps; more take more memory and are not faster
+MAPS_AT_ONCE = 64  # of the B*N class maps in a forward; more take memory and are not faster
 
 def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """Cosine similarity of places and texts: dense [B, E, gh, gw], text [N, E] -> [B, N, gh, gw].
@@ -338,8 +338,8 @@ def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         return torch.einsum("behw,ne->bnhw", dense, text)
 
 def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=None) -> nn.Sequential:
-    """Convolution that keeps the size, norm (by default GroupNorm, 16 channels a group), ReLU."""
-    norm = norm(c_out) if norm else nn.GroupNorm(max(1, c_out // 16), c_out)
+    """Convolution that keeps the size, norm (by default GroupNorm of 16 channels a group), ReLU."""
+    norm = norm(c_out) if norm else nn.GroupNorm(math.gcd(max(1, c_out // 16), c_out), c_out)
     conv = nn.Conv2d(c_in, c_out, kernel, 1, dilation * (kernel // 2), dilation, bias=False)
     # ReLU may work in place: the backward pass of a norm needs its input, not its output.
     return nn.Sequential(conv, norm, nn.ReLU(inplace=True))
@@ -431,8 +431,8 @@ class LanguageGuidedDecoder(nn.Module):
         maps = self.up2(self.up1(x.flatten(0, 1), deep), shallow)  # [B*N, C/4, 4gh, 4gw]
         return self.head(maps).view(*x.shape[:2], *maps.shape[2:])
     def by_classes(self, function, x, *shared):
-        """function(x, *shared) on a few classes of x [B, N, ...] at a time: 150 need little more
-        memory than 21. In training only under `recompute`, which computes activations twice."""
+        """function(x, *shared) on a few classes of x [B, N, ...] at a time: so 150 classes need
+        little more memory than 21; in training only with `recompute`, which computes it twice."""
         if self.recompute and torch.is_grad_enabled():
             function = partial(torch.utils.checkpoint.checkpoint, function, use_reentrant=False)
         parts = x.split(max(1, MAPS_AT_ONCE // len(x)), dim=1)
@@ -441,7 +441,7 @@ class LanguageGuidedDecoder(nn.Module):
         """dense [B, E, gh, gw], two skips [B, ., ., .], text [N, E] -> logits [B, N, 4gh, 4gw]."""
         x = self.by_classes(self.spatial_reasoning, cosine_maps(dense, text))
         x = self.semantic_reasoning(x, text)
-        shallow, deep = self.shallow_proj(skips[0]), self.deep_proj(skips[1])  # C/8 and C/4 maps
+        shallow, deep = self.shallow_proj(skips[0]), self.deep_proj(skips[1])  # to C/8, C/4
         return self.by_classes(self.upsampling, x, shallow, deep)
 
 class VisionDecoder(nn.Module):
@@ -481,13 +481,13 @@ class SemiVL(nn.Module):
             dense, shallow, deep = (torch.cat([f[:n], F.dropout2d(f[n:], 0.5)])
                                     for f in (dense, shallow, deep))
         logits = self.decoder(dense, (shallow, deep), self.text)  # [B, N, 4gh, 4gw]
-        # This squeezes the padding to whole patches a little; the authors' weights are used to it.
+        # Logits of the padded image are shrunk to H x W: the authors' weights expect that.
         return F.interpolate(logits.float(), images.shape[2:], mode="bilinear", align_corners=False)
 
 class FrozenGuidance(nn.Module):
     """CLIP as it was before training, asked about every pixel.
     clip: a DenseCLIP that nobody trains (see `copy_trained`). concepts: [K, E] text embeddings,
-    class after class; sizes: how many each class has. conf_thresh: lowest probability."""
+    class after class; sizes: how many a class has. conf_thresh: less likely labels are IGNORE."""
     def __init__(self, clip: DenseCLIP, concepts, sizes: list[int], conf_thresh: float = 0.9):
         super().__init__()
         self.clip, self.sizes, self.conf_thresh = clip, sizes, conf_thresh
@@ -529,9 +529,9 @@ class EMATeacher:
 #                                 "ignore_index": 255}; the last two are optional
 #     FOLDER/splits/train.txt    a line an image: "IMAGE MASK", or "IMAGE" if there is no mask
 #     FOLDER/splits/val.txt      "IMAGE MASK"; optional: test.txt, and 8/labeled.txt for --labels 8
-# Masks hold class numbers, 0 for the first of "classes", or what dataset.json lists for each class:
-# "colors": {"sky": [70, 130, 180], "car": [0, 0, 142]}, with "ignore_index": [0, 0, 0] if a colour
-# means nothing; or other numbers, {"sky": 0, "car": 255} with "ignore_index": -1 for none.
+# Masks hold class numbers, 0 for the first of "classes". If they hold colours or other numbers,
+# dataset.json lists those: "colors": {"sky": [70, 130, 180], "car": [0, 0, 142]}, or {"sky": 0,
+# "car": 255}. "ignore_index" is then a colour or number, too; with -1 every pixel has a class.
 
 def read_image(file: Path) -> torch.Tensor:
     """Any image file -> uint8 RGB [3, H, W], turned upright as its EXIF orientation says."""
@@ -649,7 +649,7 @@ def open_data(cfg: Config) -> Folder:
             ignore, *colors.values())), "'ignore_index', and each of 'colors': [r, g, b] or number")
         colours = any(isinstance(color, list) for color in colors.values())
         values = {number(colors.get(name, n)): n for n, name in enumerate(names)}
-        # Among colours a colour is ignored, or none: as a colour, 255 would be blue.
+        # If masks hold colours, the default 255 ignores nothing: as a colour it would be blue.
         values[-1 if colours and not isinstance(ignore, list) else number(ignore)] = IGNORE
         require(len(values) == len(names) + 1, f"ignore_index {ignore} is a class, too, or two "
                 "classes look alike; -1 ignores nothing, 'colors' says which value is which class")
@@ -689,8 +689,8 @@ def random_size(height: int, width: int, cfg: Config) -> list[int]:
     return scaled_size(height, width, int(torch.randint(low, high + 1, ())) / long)
 
 def scale_crop_flip(image: torch.Tensor, mask: torch.Tensor, cfg: Config):
-    """Random scale, crop, flip: uint8 [3, ., .], [., .] -> [3, crop, crop], [crop, crop]. A small
-    image is padded at the right and bottom: black, and IGNORE in the mask."""
+    """Random scale, crop, flip: uint8 [3, ., .], [., .] -> [3, crop, crop], [crop, crop]. Before
+    the flip a small image is padded at the right and bottom: black, IGNORE in the mask."""
     crop, size = cfg.crop, random_size(*mask.shape, cfg)
     image = VF.resize(image, size, antialias=True)
     # Two kinds of nearest, half a pixel apart: the authors use cv2's with `fit`, PIL's without.
@@ -708,7 +708,7 @@ strong_view = v2.Compose([  # other colours, the same pixels
     v2.RandomApply([v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)], 0.8),
     v2.RandomGrayscale(0.2),
     v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], 0.5)])
-STRONG_VIEWS = {"s1": strong_view, "s2": strong_view}  # one more entry is one more view
+STRONG_VIEWS = {"s1": strong_view, "s2": strong_view}  # one more view is one more entry
 
 def cutmix_box(size: int) -> torch.Tensor:
     """A random box (top, left, bottom, right) in a crop of size x size; empty with p = 0.5."""
@@ -765,7 +765,7 @@ class TrainingSet(Dataset):
 # labels the weak view, and the student must say the same of strong views, recoloured and with a box
 # of another image (s1, s2), and of w itself with half of its channels (fp). The trap is
 # confirmation bias: a wrong pseudo-label is learned as eagerly as a right one. So only confident
-# ones count, and frozen CLIP, which never changes, is heard. Lambda falls: its borders are coarse.
+# ones count, and frozen CLIP never changes. Its borders are coarse, so its weight lambda falls.
 
 class Targets(NamedTuple):
     """What unlabelled images should be called, pixel by pixel; all [B, H, W]."""
@@ -778,7 +778,7 @@ class Targets(NamedTuple):
 
 @torch.no_grad()
 def make_targets(teacher, guidance, w, padding) -> Targets:
-    """Pseudo-labels and guidance labels (`guidance` may be None) of weak views w [B, 3, H, W] in
+    """Pseudo-labels and guidance labels (no `guidance`: all IGNORE) of weak views w [B, 3, H, W] in
     [0, 1]; padding: bool [B, H, W], True where the crop has no image."""
     confidence, label = teacher(w).softmax(1).max(1)
     clip_label = guidance.labels(w) if guidance else torch.full_like(label, IGNORE)
@@ -848,10 +848,9 @@ def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
 
 @torch.no_grad()
 def sliding_window(model, images, window: int, stride: int, mode: str = "logits"):
-    """Mean over overlapping windows of logits or of probabilities: images [B, 3, H, W] -> strips
-    [B, N, rows, W] from top to bottom, each when no further window covers its rows: the scores of
-    a photograph may not fit into memory at once. Windows, as the ViT is at its best at the size of
-    its training. model: [B, 3, ., .] -> logits [B, N, ., .]. window, stride <= window: pixels."""
+    """Runs the model on overlapping windows, as the ViT works best at the size of its training,
+    and averages their logits or probabilities. images: [B, 3, H, W]. Yields complete strips [B, N,
+    rows, W], top to bottom: a photo's scores may exceed the memory. window, stride: pixels."""
     H, W = images.shape[2:]
     tops, lefts = window_starts(H, window, stride, mode), window_starts(W, window, stride, mode)
     total, count = None, images.new_zeros(H, W)
@@ -994,7 +993,7 @@ def say_table(corner: str, rows: list[str], columns: dict, form: str) -> None:
 
 def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, log=None) -> None:
     """A whole run, from the settings to last.pt and the table of IoU. folder: instead of --dataset.
-    saved: content of a last.pt, log: its `open_log`: the run goes on to the same weights."""
+    saved, log: the content of a last.pt and the open log of its run, which then goes on."""
     # 1. Device, data, CLIP and the words it reads, three networks, optimiser; resume.
     device, folder = pick_device(cfg.device), folder or open_data(cfg)
     cuda = device.type == "cuda"
@@ -1190,16 +1189,17 @@ def resnet_stem(weights: str) -> nn.Module:
     return nn.Sequential(v2.Normalize(IMAGENET_MEAN, IMAGENET_STD), net)
 
 def build_model(cfg: Config, visual: nn.Module, text: torch.Tensor, conv_weights="none") -> SemiVL:
-    """The model that the settings describe, around a visual tower and the classes' text [N, E]."""
+    """The model of the settings, around a visual tower and the classes' text [N, E]."""
     # Crop 801 gives 50 patches a side, although a padded crop has 51: as in the authors' weights.
     side = cfg.crop // visual.conv1.kernel_size[0]
     require(side, f"--crop {cfg.crop}: smaller than a patch of CLIP")
     statistics = (IMAGENET_MEAN, IMAGENET_STD) if cfg.authors_clip and not cfg.conv_skip else ()
     clip = DenseCLIP(visual, (side, side), cfg.authors_clip, *statistics)
-    E, D = spatial_fine_tuning(clip, cfg.finetune).embed_dim, clip.width
-    shallow, C = 256 if cfg.conv_skip else D, cfg.decoder_channels
-    decoder = VisionDecoder(E, D, len(text)) if cfg.decoder == "vision" else LanguageGuidedDecoder(
-        E, shallow, D, C, C // 4 if cfg.conv_skip else None, cfg.recompute)
+    spatial_fine_tuning(clip, cfg.finetune)
+    E, D, C = clip.embed_dim, clip.width, cfg.decoder_channels
+    shallow, width = (256, C // 4) if cfg.conv_skip else (D, C // 8)
+    decoder = VisionDecoder(E, D, len(text)) if cfg.decoder == "vision" else (
+        LanguageGuidedDecoder(E, shallow, D, C, width, cfg.recompute))
     stem = cfg.conv_skip and cfg.decoder == "language"  # the other one has no use for it
     return SemiVL(clip, decoder, text, resnet_stem(conv_weights) if stem else None)
 
@@ -1268,10 +1268,10 @@ def colour_mask(mask: torch.Tensor, classes) -> Image.Image:
     return image
 
 def save_sheet(file: Path, folder: Folder, guidance, teacher, cfg: Config, device) -> None:
-    """Up to six validation images, a row each; pseudo-labels that would be rejected are pale."""
-    titles, side = ["image", "truth", "frozen CLIP", "pseudo-label", "SemiVL"], 160
+    """Up to four validation images, a row each; pseudo-labels that would be rejected are pale."""
+    titles, side = ["image", "truth", "frozen CLIP", "pseudo-label", "SemiVL"], 192
     classes, cells = list(folder.classes), []
-    for entry in folder.val[::math.ceil(len(folder.val) / 6)]:
+    for entry in folder.val[::math.ceil(len(folder.val) / 4)]:
         image = folder.image(entry)
         (of_clip, _), (label, confidence) = (
             segment(model, image, cfg, device) for model in (guidance, teacher))

@@ -62,7 +62,7 @@ def test_small_two_scenes_are_learned_by_heart():
         semivl.supervised_loss(model(images), masks).backward()
         optimizer.step()
         optimizer.zero_grad()
-    matrix = semivl.confusion_matrix(model(images).argmax(1), masks, 3)
+    matrix = semivl.confusion_matrix(model(images).argmax(1), masks, classes=3)
     assert semivl.iou_per_class(matrix).mean() > 95
 
 # Equality with the authors' code. Of each flattened array: values 1, 2, 3, those at two thirds and
@@ -293,7 +293,7 @@ def test_definitions_average_for_the_decoder_and_stand_apart_for_guidance():
 def test_torchscript_is_loaded_only_if_it_is_openais_own(tmp_path, monkeypatch):
     clip, weights = data_prep.empty_clip("toy").eval(), tmp_path / "clip.pt"
     clip.attn_mask = None  # OpenAI's files have none
-    inputs = torch.rand(1, 3, 64, 64), open_clip.tokenize("a cat", 16)
+    inputs = torch.rand(1, 3, 96, 96), open_clip.tokenize("a cat", 16)
     torch.jit.trace(clip, inputs, check_trace=False).save(str(weights))
     with pytest.raises(ValueError, match="TorchScript"):
         semivl.load_clip(cfg := Config(clip="toy", clip_weights=str(weights)))
@@ -389,7 +389,6 @@ def save(folder: Path, files: dict[str, bytes]) -> str:
     return str(folder)
 
 CLASSES = data_prep.TOY_CLASSES[:6]
-
 def make_folder(path: Path) -> Path:
     """A small folder of images [64, 64], with six classes, by the toy world's painter."""
     painter = data_prep.Painter("test")
@@ -398,10 +397,9 @@ def make_folder(path: Path) -> Path:
     save(path / "splits", {"train.txt": pairs(0, 1, 2, 3), "val.txt": pairs(4, 5)})
     (path / "images").mkdir(), (path / "masks").mkdir()
     for i in range(6):
-        for kind, image in zip(("images", "masks"), painter.scene()):
-            image = image.crop((0, 0, 64, 64))
-            image = image.point(lambda n: n % 6) if kind == "masks" else image
-            image.save(path / f"{kind}/{i}.png")
+        image, mask = (part.crop((0, 0, 64, 64)) for part in painter.scene())
+        image.save(path / f"images/{i}.png")
+        mask.point(lambda n: n % 6).save(path / f"masks/{i}.png")
     return path
 
 folder = pytest.fixture(lambda tmp_path: make_folder(tmp_path / "images"))
@@ -588,9 +586,8 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_killed_run_goes_on_to_the_same_weights(workers, whole, tmp_path):
-    killed = tmp_path / "killed"
     command = [sys.executable, semivl.__file__, "--dataset", whole.parent / "images", *TINY, *LONG,
-               "--workers", workers, "--out", killed]
+               "--workers", workers, "--out", killed := tmp_path / "killed"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (
             (killed / "log.jsonl").exists() and len(logged(killed)) >= 5):
@@ -634,8 +631,7 @@ def test_a_run_goes_on_with_its_own_lists_or_with_those_that_are_named(whole, tm
 
 def test_a_run_that_is_going_on_is_not_resumed_by_another_process(whole, tmp_path):
     pytest.importorskip("fcntl")
-    shutil.copytree(whole, out := tmp_path / "run")
-    log = semivl.open_log(out)
+    log = semivl.open_log(out := shutil.copytree(whole, tmp_path / "run"))
     done = subprocess.run([sys.executable, semivl.__file__, "--resume", out], capture_output=True)
     assert done.returncode == 2 and b"another process is at work" in done.stderr
     log.close()
@@ -730,7 +726,6 @@ def two_bits() -> bytes:
 MISTAKES = {  # what is wrong -> (file, content or picture; or options), words of the line
     "a mask of another size": ("masks/4.png", Image.new("L", (9, 9)), "64 x 64 pixels, upright"),
     "a mask as JPEG": ("masks/4.png", lambda b: encoded("JPEG"), "JPEG"),
-    "a mask as GIF": ("masks/4.png", lambda b: encoded("GIF"), "GIF"),
     "a mask of 2 bits": ("masks/4.png", lambda b: two_bits(), "2 and 4 bits"),
     "a mask with a class too many": ("masks/4.png", Image.new("L", (64, 64), 77), "77"),
     "a mask of colours": ("masks/4.png", Image.new("RGB", (64, 64)), "palette"),
@@ -742,8 +737,7 @@ MISTAKES = {  # what is wrong -> (file, content or picture; or options), words o
     "a class twice": ("dataset.json", b'{"classes": ["a", "a"]}', "twice"),
     "classes that are no list": ("dataset.json", b'{"classes": "sky"}', "list"),
     "only one class": ("dataset.json", b'{"classes": ["sky"]}', "2 to 255 classes"),
-    "a class that is ignored": (
-        "dataset.json", b'{"classes": ["a", "b"], "ignore_index": 0}', "0 is a class, too"),
+    "an ignored class": ("dataset.json", b'{"classes": ["a", "b"], "ignore_index": 0}', "0 is a"),
     "a blank in a name": ("splits/train.txt", b"images/my photo.png\n", "TAB"),
     "nothing left unlabelled": ("splits/train.txt", pairs(0, 1), "--unlabelled off"),
     "more labels than masks": "--labels 200 | --labels 200",
@@ -754,6 +748,7 @@ MISTAKES = {  # what is wrong -> (file, content or picture; or options), words o
     "a malicious checkpoint": "--eval bad.pt | bad.pt",
     "malicious stem weights": "--conv-skip on --conv-weights bad.pt | bad.pt",
     "windows with gaps between them": "--stride 33 | pixels would be left out",
+    "a width without an eighth": "--decoder-channels 12 | multiple of 8",
     "a crop below the patch": "--crop 7 --stride 7 | patch",
     "no such checkpoint": "--eval nowhere.pt | no such file",
     "a folder for a checkpoint": "--eval masks | is a directory",
