@@ -3,20 +3,18 @@ Paper: Hoyer, Tan, Naeem, Van Gool, Tombari, "SemiVL", ECCV 2024, arXiv 2311.162
 
 A few images have masks, many have none, and CLIP connects words with images. One training step:
 
-    labelled image x, mask y           unlabelled image, one random crop of it
-          |                  /                      |                   \\
-          |             weak view w           strong view s1       strong view s2
-          |             |         |                 |                    |
-          |       EMA TEACHER     |     CutMix pastes a box of another image into s1 and s2,
-          |       FROZEN CLIP     |     and that image's targets into their targets
-          |             |         |                 |                    |
-          |          targets -----|---> targets of s1 and s2             |
-          |             |         |           |     |                    |
-       STUDENT          |      STUDENT,       |  STUDENT              STUDENT
-          |             |      half of the    |     |                    |
-          |             |      channels off   |     |                    |
-       loss x           +-----> loss fp       +-> loss s1 -----------> loss s2
-       (with y)
+    labelled image x,        unlabelled image: one random crop of it, in three views
+    with its mask y          weak view w                              strong views s1, s2
+          |                   |         |                                      |
+          |              EMA TEACHER    |                       CutMix: a box of another image
+          |              FROZEN CLIP    |                                      |
+          |                   |         |                                      |
+       STUDENT             targets   STUDENT, half of                       STUDENT
+          |                   |      the channels off                         |
+          |                   |         |                                      |
+        loss x                +----> loss fp                             losses s1, s2
+        with y                |                                                ^
+                              +------- CutMix: the same box of its targets ----+
 
 The targets are the teacher's pseudo-labels with their confidence, and the labels of frozen CLIP.
 The published method has no EMA teacher: there the student labels w itself (`--ema 0`).
@@ -481,7 +479,8 @@ class SemiVL(nn.Module):
             dense, shallow, deep = (torch.cat([f[:n], F.dropout2d(f[n:], 0.5)])
                                     for f in (dense, shallow, deep))
         logits = self.decoder(dense, (shallow, deep), self.text)  # [B, N, 4gh, 4gw]
-        # Logits of the padded image are shrunk to H x W: the authors' weights expect that.
+        # If P does not divide H or W, the logits cover the padded image; this shrinks them a little.
+        # The authors' weights were trained with that.
         return F.interpolate(logits.float(), images.shape[2:], mode="bilinear", align_corners=False)
 
 class FrozenGuidance(nn.Module):
