@@ -166,8 +166,7 @@ say = str if RANK else partial(print, flush=True) if IN_LOG else tqdm.write  # a
 # class is defined by a list of concepts, and frozen CLIP calls a pixel by the class of the concept
 # that fits best. The decoder reads one vector a class: the embedding of its name, or (Cityscapes)
 # the mean of its concepts. The decoder is trained, so a poor name costs it less.
-# On COCO and ADE20K a class has its name as its only concept. Spelling is as published ("wolve"):
-# the published weights saw these very strings.
+# On COCO and ADE20K a class's only concept is its name. The published weights saw this spelling.
 
 DEFINITIONS = {  # data set -> "class: concept|concept; class: ..." in the order of class numbers
     "voc": """background: background|bed|building|cabinet|ceiling|curtain|door|fence|floor|grass|
@@ -201,8 +200,9 @@ def encode_text(clip: open_clip.CLIP, names: list[str]) -> torch.Tensor:
     return clip.eval().encode_text(tokens.to(clip.token_embedding.weight.device)).float()
 
 def describe_classes(clip: open_clip.CLIP, classes: dict[str, list[str]], cfg: Config) -> tuple:
-    """classes: name -> concepts. Returns L2-normalised text embeddings for the decoder [N, E], of
-    names [N, E], of all concepts, class after class [K, E]; and how many concepts a class has."""
+    """classes: name -> one concept or more; cfg: its decoder_text and definitions. Returns (text,
+    names, concepts, sizes): L2-normalised embeddings, of which the decoder reads text [N, E]; of
+    class names [N, E]; of concepts, class after class [K, E]; N integers that sum to K."""
     text = names = encode_text(clip, list(classes))
     groups = list(classes.values()) if cfg.definitions else [[name] for name in classes]
     concepts, sizes = encode_text(clip, sum(groups, [])), [len(group) for group in groups]
@@ -211,7 +211,6 @@ def describe_classes(clip: open_clip.CLIP, classes: dict[str, list[str]], cfg: C
     return *(F.normalize(t, dim=-1) for t in (text, names, concepts)), sizes
 
 # 3. Dense CLIP (paper: Vision-Language Pre-training): how do we get an embedding for every patch? -
-# In: images [B, 3, H, W]. Out: dense embedding [B, E, gh, gw] and two skip maps [B, D, gh, gw].
 # CLIP's image embedding is read from the class token. In the last block its attention takes a
 # weighted mean of the patches' VALUE vectors, and that mean is what training has aligned with text.
 # So a single patch's own value vector, sent through the rest of the block, lies close to the text
@@ -222,7 +221,7 @@ def describe_classes(clip: open_clip.CLIP, classes: dict[str, list[str]], cfg: C
 
 # The ResNet of `conv_skip` takes these; with `authors_clip` CLIP does, too (except on Cityscapes).
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-torch.backends.mha.set_fastpath_enabled(False)  # torch's short cut for inference: slower on a CPU
+torch.backends.mha.set_fastpath_enabled(False)  # torch's short cut for attention: slower on CPU
 
 class QuickGELU(nn.Module):
     """x sigmoid(1.702 x), as silu(1.702 x) / 1.702: the backward pass keeps one tensor, not two."""
@@ -251,7 +250,8 @@ class DenseCLIP(nn.Module):
     embedding is resized to, once, and trained at; for an image of any other size each forward pass
     interpolates from it. authors: exact GELU and LayerNorm eps 1e-6, as in the authors' code and
     for their weights; OpenAI's CLIP was trained with QuickGELU and 1e-5. mean, std: of the images
-    that CLIP was trained with, by default. ValueError for any other tower, or one used before."""
+    that CLIP was trained with, by default. ValueError for any other tower. Give it no tower that
+    another DenseCLIP has: they would share weights. `copy_trained` makes a frozen copy."""
     def __init__(self, visual, grid=None, authors=False, mean=None, std=None):
         super().__init__()
         parts = open_clip.transformer
@@ -295,11 +295,11 @@ class DenseCLIP(nn.Module):
         return F.normalize(dense, dim=1), [maps[i] for i in self.skip_blocks]
 
 # 4. Spatial fine-tuning: which weights may learn without making CLIP forget? ----------------------
-# CLIP has learned from whole images, so it is poor at saying where things are. That takes place in
-# attention and position embedding: they train. What it knows is stored in the MLPs: all else stays.
+# CLIP has learned from whole images, so it is poor at saying where things are. Attention and the
+# position embedding decide that: they train. What CLIP knows is stored in the MLPs: all else stays.
 
 def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
-    """Sets what trains in the ViT: "spatial" (of ViT-B/16 29.1 of 86.8 million values), "all" or
+    """Sets what trains in the ViT: "spatial" (29.1 of ViT-B/16's 86.8 million values), "all" or
     "none". Call it before `make_optimizer` and `copy_trained`: both look at `requires_grad`."""
     require(mode in ("spatial", "all", "none"), f"mode {mode!r}: take spatial, all or none")
     for name, tensor in clip.named_parameters():
@@ -344,7 +344,7 @@ def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=None) -> nn.Sequential:
 
 def conv_by_parts(conv: nn.Conv2d, parts: list[torch.Tensor]) -> list[torch.Tensor]:
     """Tensors whose sum is conv(torch.cat(parts, dim=1)), of a conv without bias, stride, dilation.
-    Each part meets its own slice of the weights, and one that all classes share meets it once."""
+    Each part is convolved with its own slice of the weights; one that classes share, only once."""
     weights = conv.weight.split([part.shape[1] for part in parts], dim=1)
     return [F.conv2d(part, w, padding=conv.padding) for part, w in zip(parts, weights)]
 
@@ -400,12 +400,13 @@ class UpStage(nn.Module):
 
 class LanguageGuidedDecoder(nn.Module):
     """Similarity maps -> spatial reasoning -> semantic reasoning -> upsampling.
-    embed_dim: E. shallow_dim, deep_dim: channels of the skip maps. channels: C. shallow_width: to
-    how many the shallow skip is projected, by default C/8. recompute: see `by_classes`."""
+    embed_dim: E. shallow_dim, deep_dim: channels of the skip maps. channels: C, a multiple of 8,
+    else ValueError. shallow_width: to how many channels, below C/2, the shallow skip is projected;
+    by default C/8. recompute: see `by_classes`."""
     def __init__(self, embed_dim, shallow_dim, deep_dim, channels=128, shallow_width=None,
                  recompute=False):
         super().__init__()
-        require(channels > 0 == channels % 8, "--decoder-channels: take a multiple of 8")
+        require(channels > 0 == channels % 8, "channels of the language decoder: take a multiple of 8")
         self.recompute, C, shallow_width = recompute, channels, shallow_width or channels // 8
         self.lift, self.aspp = nn.Conv2d(1, C, 7, padding=3), ASPP(C, C, C)
         self.text_proj = nn.Sequential(nn.Linear(embed_dim, C), nn.ReLU())
@@ -429,17 +430,17 @@ class LanguageGuidedDecoder(nn.Module):
         maps = self.up2(self.up1(x.flatten(0, 1), deep), shallow)  # [B*N, C/4, 4gh, 4gw]
         return self.head(maps).view(*x.shape[:2], *maps.shape[2:])
     def by_classes(self, function, x, *shared):
-        """function(x, *shared) on a few classes of x [B, N, ...] at a time: so 150 classes need
-        little more memory than 21; in training only with `recompute`, which computes it twice."""
+        """function(x, *shared) on a few classes of x [B, N, ...] at a time: 150 need little more
+        memory than 21. In training only with `recompute`: backward then runs each forward again."""
         if self.recompute and torch.is_grad_enabled():
             function = partial(torch.utils.checkpoint.checkpoint, function, use_reentrant=False)
         parts = x.split(max(1, MAPS_AT_ONCE // len(x)), dim=1)
         return torch.cat([function(part, *shared) for part in parts], dim=1)
     def forward(self, dense, skips, text):
-        """dense [B, E, gh, gw], two skips [B, ., ., .], text [N, E] -> logits [B, N, 4gh, 4gw]."""
+        """dense [B, E, gh, gw], skips (shallow, deep), text [N, E] -> logits [B, N, 4gh, 4gw]."""
         x = self.by_classes(self.spatial_reasoning, cosine_maps(dense, text))
         x = self.semantic_reasoning(x, text)
-        shallow, deep = self.shallow_proj(skips[0]), self.deep_proj(skips[1])  # to C/8, C/4
+        shallow, deep = self.shallow_proj(skips[0]), self.deep_proj(skips[1])
         return self.by_classes(self.upsampling, x, shallow, deep)
 
 class VisionDecoder(nn.Module):
@@ -479,14 +480,14 @@ class SemiVL(nn.Module):
             dense, shallow, deep = (torch.cat([f[:n], F.dropout2d(f[n:], 0.5)])
                                     for f in (dense, shallow, deep))
         logits = self.decoder(dense, (shallow, deep), self.text)  # [B, N, 4gh, 4gw]
-        # If P does not divide H or W, the logits cover the padded image; this shrinks them a little.
+        # If P does not divide H or W, logits cover the padded image; this shrinks them a little.
         # The authors' weights were trained with that.
         return F.interpolate(logits.float(), images.shape[2:], mode="bilinear", align_corners=False)
 
 class FrozenGuidance(nn.Module):
-    """CLIP as it was before training, asked about every pixel.
+    """CLIP as it was before SemiVL's first step, asked about every pixel.
     clip: a DenseCLIP that nobody trains (see `copy_trained`). concepts: [K, E] text embeddings,
-    class after class; sizes: how many a class has. conf_thresh: less likely labels are IGNORE."""
+    class after class; sizes: how many a class has. conf_thresh: less sure labels are IGNORE."""
     def __init__(self, clip: DenseCLIP, concepts, sizes: list[int], conf_thresh: float = 0.9):
         super().__init__()
         self.clip, self.sizes, self.conf_thresh = clip, sizes, conf_thresh
@@ -501,7 +502,7 @@ class FrozenGuidance(nn.Module):
         similarity = F.interpolate(similarity, images.shape[2:], mode="bilinear")  # [B, N, H, W]
         return 100 * similarity  # CLIP's training ended at this scale; a softmax needs it
     def labels(self, images: torch.Tensor) -> torch.Tensor:
-        """Images -> guidance labels [B, H, W]: the class, or IGNORE where CLIP is not sure."""
+        """Images -> int64 [B, H, W]: class, or IGNORE where CLIP is not sure (maybe everywhere)."""
         confidence, label = self(images).softmax(1).max(1)
         return label.masked_fill(confidence < self.conf_thresh, IGNORE)
 
@@ -703,7 +704,7 @@ def scale_crop_flip(image: torch.Tensor, mask: torch.Tensor, cfg: Config):
         image, mask = VF.horizontal_flip(image), VF.horizontal_flip(mask)
     return image, mask[0]
 
-strong_view = v2.Compose([  # other colours, the same pixels
+strong_view = v2.Compose([  # uint8 [3, crop, crop] -> the same with other colours; no pixel moves
     v2.RandomApply([v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)], 0.8),
     v2.RandomGrayscale(0.2),
     v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], 0.5)])
@@ -758,7 +759,8 @@ class TrainingSet(Dataset):
 # 8. Consistency (UniMatch, Yang et al., CVPR 2023): what about an image without a mask? -----------
 #     total = (L_x + 1/2 mean over strong views of L_s + 1/2 L_fp) / 2
 #             + lambda (1/2 mean over strong views of G_s + 1/2 G_fp)       (this paper's)
-# with lambda = guidance (1 - step/steps). So x weighs 1/2, s1 and s2 1/8 each, fp 1/4.
+# with lambda = guidance (1 - step/steps). So L_x weighs 1/2, L_s1 and L_s2 1/8 each, L_fp 1/4; G_s1
+# and G_s2 lambda/4 each, G_fp lambda/2.
 # L_x: cross-entropy with the mask. L_s, L_fp: with the teacher's pseudo-labels. G_s, G_fp: with the
 # labels of frozen CLIP. The mask of an unlabelled image does not depend on its colours: the teacher
 # labels the weak view, and the student must say the same of strong views, recoloured and with a box
@@ -913,8 +915,7 @@ def evaluate(model, folder: Folder, entries: list, cfg: Config, device, title="e
 # Under torchrun every process runs this file: item i of the data goes to process i % WORLD, DDP
 # averages the gradients, evaluation shares the images, and process 0 alone prints and writes.
 
-def over_processes(counts: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes."""
+def over_processes(counts: torch.Tensor) -> torch.Tensor:  # their sum
     if WORLD > 1:
         dist.all_reduce(counts)
     return counts
@@ -1064,7 +1065,7 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
             group["lr"] = learning_rate(group["base_lr"], step, cfg.steps)
         guidance_weight = cfg.guidance * (1 - step / cfg.steps)
         # 3. Teacher and frozen CLIP label the weak views. CutMix changes images and targets alike;
-        # partners are the batch in reverse order, so each image is loaded and labelled once.
+        # partners are the batch in reverse order (the middle image of an odd one is not mixed).
         images, targets = {"x": batch["x"]}, {}
         size = math.gcd(cfg.micro_batch, len(batch["x"]))
         chunks = [slice(i, i + size) for i in range(0, len(batch["x"]), size)]
