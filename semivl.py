@@ -406,7 +406,7 @@ class LanguageGuidedDecoder(nn.Module):
     def __init__(self, embed_dim, shallow_dim, deep_dim, channels=128, shallow_width=None,
                  recompute=False):
         super().__init__()
-        require(channels > 0 == channels % 8, "channels of the language decoder: take a multiple of 8")
+        require(channels > 0 == channels % 8, "channels of this decoder: take a multiple of 8")
         self.recompute, C, shallow_width = recompute, channels, shallow_width or channels // 8
         self.lift, self.aspp = nn.Conv2d(1, C, 7, padding=3), ASPP(C, C, C)
         self.text_proj = nn.Sequential(nn.Linear(embed_dim, C), nn.ReLU())
