@@ -3,7 +3,7 @@ Paper: Hoyer, Tan, Naeem, Van Gool, Tombari, "SemiVL", ECCV 2024, arXiv 2311.162
 
 A few images have masks, many have none, and CLIP connects words with images. One training step:
 
-    labelled image x,        unlabelled image: one random crop of it, in three views
+    labelled image x,        unlabelled image: one random crop of it
     with its mask y          weak view w                              strong views s1, s2
           |                   |         |                                      |
           |              EMA TEACHER    |                       CutMix: a box of another image
@@ -27,7 +27,7 @@ The published method has no EMA teacher: there the student labels w itself (`--e
     python semivl.py --predict runs/voc-92/last.pt a.jpg  mask and overlay of any image
     torchrun --nproc-per-node=4 semivl.py --dataset voc   four GPUs
 
-Sections 2 to 9 are the method in the order of the data flow; 10 trains; 11 to 13 are the program.
+Sections 2 to 6 are the networks, 7 data, 8 losses, 9 evaluation, 10 training, 11 to 13 the program.
 Letters for shapes, in every comment: B images, N classes, K concepts, H x W image, P patch side,
 gh x gw patches (H/P, W/P rounded up), T = 1 + gh*gw tokens, D width of the ViT, E width of CLIP's
 joint space of images and text, C = 128 channels of one class's map. In prose x is the labelled
@@ -69,13 +69,12 @@ from tqdm import tqdm
 @dataclasses.dataclass
 class Config:
     """Each field is an option (`micro_batch` is --micro-batch), its comment the line of --help."""
-
     # Data
     dataset: str = "voc"  # toy (without this option), voc, coco, ade20k, cityscapes, or a FOLDER
     labels: int = 92  # how many images have a mask; all others of train.txt count as unlabelled
     root: str = "data"  # folder in which the named data sets are kept
     crop: int = 512  # side of the training crop and of the test window, pixels
-    fit: bool = True  # scale relative to the crop; at test the short side becomes one crop
+    fit: bool = True  # fit the short side to the crop: times a random factor; at test exactly
     scale_min: float = 0.5  # smallest factor of the random scale
     scale_max: float = 2.0  # largest factor of the random scale
     workers: int = 4  # processes that load images; 0: the training process itself
@@ -135,7 +134,7 @@ PRESETS = {
     "ade20k": dict(labels=158, epochs=40, micro_batch=1, lr=4e-3, vit_lr=4e-7),
     "cityscapes": dict(labels=100, fit=False, crop=801, stride=534, steps=240 * 349, micro_batch=1,
                        lr=5e-4, vit_lr=5e-6, conv_skip=True, decoder_text="mean", weighting="mean",
-                       window_mode="probabilities")}  # steps: 240 epochs of the split of 186
+                       window_mode="probabilities")}  # 240 epochs of 2789 / 8 steps
 IGNORE = 255  # "no label" in every mask in memory, whatever value a folder's files have for it
 
 def require(condition, message: str) -> None:
@@ -159,14 +158,14 @@ RANK, WORLD = (int(os.environ[name]) if dist.is_torchelastic_launched() else alo
 IN_LOG = {} if sys.stderr and sys.stderr.isatty() else dict(  # a line twice a minute, and no bar
     miniters=1, mininterval=30, delay=30, bar_format="{desc}: {n_fmt} of {total_fmt}\n")
 progress = partial(tqdm, leave=bool(IN_LOG), disable=RANK > 0 or not sys.stderr, **IN_LOG)
-say = str if RANK else partial(print, flush=True) if IN_LOG else tqdm.write  # above the bars
+say = str if RANK else partial(print, flush=True) if IN_LOG else tqdm.write  # str is silent
 
 # 2. Language (paper: Class Definition Guidance): what is a class called, what does it look like? --
 # A class name alone can be a poor prompt: hardly any caption on the web says "background". So a
 # class is defined by a list of concepts, and frozen CLIP calls a pixel by the class of the concept
 # that fits best. The decoder reads one vector a class: the embedding of its name, or (Cityscapes)
 # the mean of its concepts. The decoder is trained, so a poor name costs it less.
-# On COCO and ADE20K a class's only concept is its name. The published weights saw this spelling.
+# On COCO and ADE20K a class's only concept is its name. Misspellings ("wolve") are as published.
 
 DEFINITIONS = {  # data set -> "class: concept|concept; class: ..." in the order of class numbers
     "voc": """background: background|bed|building|cabinet|ceiling|curtain|door|fence|floor|grass|
@@ -288,7 +287,7 @@ class DenseCLIP(nn.Module):
             return tokens[:, 1:].transpose(1, 2).unflatten(2, (gh, gw))
         maps, (*blocks, last) = {}, vit.transformer.resblocks
         for i, block in enumerate(blocks):
-            if i in self.skip_blocks:  # beside the block's own output, which goes on below
+            if i in self.skip_blocks:  # a side branch; the block itself follows
                 maps[i] = to_map(value_path(block, x))
             x = block(x)  # [B, T, D]
         dense = to_map(vit.ln_post(value_path(last, x)) @ vit.proj)  # [B, E, gh, gw]
@@ -296,7 +295,7 @@ class DenseCLIP(nn.Module):
 
 # 4. Spatial fine-tuning: which weights may learn without making CLIP forget? ----------------------
 # CLIP has learned from whole images, so it is poor at saying where things are. Attention and the
-# position embedding decide that: they train. What CLIP knows is stored in the MLPs: all else stays.
+# position embedding decide that, so they train. The MLPs store what CLIP knows; they are frozen.
 
 def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
     """Sets what trains in the ViT: "spatial" (29.1 of ViT-B/16's 86.8 million values), "all" or
@@ -310,7 +309,7 @@ def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
 def copy_trained(module: nn.Module) -> nn.Module:
     """A copy that gets no gradients. It owns copies of the parameters that train and shares all
     others, two thirds of the ViT: those must stay as they are, in the module and in the copy."""
-    shared = {id(p): p for p in module.parameters() if not p.requires_grad}  # deepcopy leaves them
+    shared = {id(p): p for p in module.parameters() if not p.requires_grad}  # not copied
     return copy.deepcopy(module, memo=shared).requires_grad_(False).eval()
 
 # 5. Decoders (paper: Language-Guided Decoder): how does "similar to this text" become a mask? -----
@@ -372,8 +371,8 @@ class SemanticReasoning(nn.Module):
                                                 norm_first=True, batch_first=True)
     def forward(self, x, text):
         B, N, C, gh, gw = x.shape
-        # Which classes go together is a coarse question: ask it of means over 4 x 4 patches. This
-        # gives ph = gh // 4, pw = gw // 4, at least 1; a remainder at the edge is left out.
+        # Attention between classes needs no fine grid, so it runs on means over 4 x 4 patches: ph =
+        # gh // 4, pw = gw // 4, at least 1; a remainder at the edge is left out.
         pooled = F.avg_pool2d(x.flatten(0, 1), (min(4, gh), min(4, gw)))  # [B*N, C, ph, pw]
         tokens = pooled.unflatten(0, (B, N)).permute(0, 3, 4, 1, 2).flatten(0, 2)  # [B*ph*pw, N, C]
         text = text.expand(len(tokens), -1, -1)  # [B*ph*pw, N, C]
@@ -400,13 +399,12 @@ class UpStage(nn.Module):
 
 class LanguageGuidedDecoder(nn.Module):
     """Similarity maps -> spatial reasoning -> semantic reasoning -> upsampling.
-    embed_dim: E. shallow_dim, deep_dim: channels of the skip maps. channels: C, a multiple of 8,
-    else ValueError. shallow_width: to how many channels, below C/2, the shallow skip is projected;
-    by default C/8. recompute: see `by_classes`."""
+    embed_dim: E. shallow_dim, deep_dim: channels of the skips. channels: C, a multiple of 8, else
+    ValueError. shallow_width: of the projected shallow skip [C/8]. recompute: see `by_classes`."""
     def __init__(self, embed_dim, shallow_dim, deep_dim, channels=128, shallow_width=None,
                  recompute=False):
         super().__init__()
-        require(channels > 0 == channels % 8, "channels of this decoder: take a multiple of 8")
+        require(channels > 0 and channels % 8 == 0, "decoder channels: take a multiple of 8")
         self.recompute, C, shallow_width = recompute, channels, shallow_width or channels // 8
         self.lift, self.aspp = nn.Conv2d(1, C, 7, padding=3), ASPP(C, C, C)
         self.text_proj = nn.Sequential(nn.Linear(embed_dim, C), nn.ReLU())
@@ -430,8 +428,8 @@ class LanguageGuidedDecoder(nn.Module):
         maps = self.up2(self.up1(x.flatten(0, 1), deep), shallow)  # [B*N, C/4, 4gh, 4gw]
         return self.head(maps).view(*x.shape[:2], *maps.shape[2:])
     def by_classes(self, function, x, *shared):
-        """function(x, *shared) on a few classes of x [B, N, ...] at a time: 150 need little more
-        memory than 21. In training only with `recompute`: backward then runs each forward again."""
+        """function(x, *shared) on a few classes of x [B, N, ...] at a time, so in evaluation memory
+        grows little with N; in training with `recompute`, when backward runs each forward again."""
         if self.recompute and torch.is_grad_enabled():
             function = partial(torch.utils.checkpoint.checkpoint, function, use_reentrant=False)
         parts = x.split(max(1, MAPS_AT_ONCE // len(x)), dim=1)
@@ -444,7 +442,7 @@ class LanguageGuidedDecoder(nn.Module):
         return self.by_classes(self.upsampling, x, shallow, deep)
 
 class VisionDecoder(nn.Module):
-    """The baseline without language: DeepLabV3+ on the same ViT, as in UniMatch.
+    """The baseline without language: DeepLabV3+ at patch resolution on the same ViT.
     Logits [B, N, gh, gw]; text and shallow skip are ignored. Batch norm: to train it, B > 1."""
     def __init__(self, embed_dim: int, skip_dim: int, classes: int, width: int = 64):
         super().__init__()
@@ -536,7 +534,7 @@ class EMATeacher:
 def read_image(file: Path) -> torch.Tensor:
     """Any image file -> uint8 RGB [3, H, W], turned upright as its EXIF orientation says."""
     with about(file), Image.open(file) as image:
-        # Converted to 8 bits, 16 bits would be white but for the darkest pixels.
+        # PIL clips 16 bits to 8: nearly all pixels would be white.
         require(image.mode[0] not in "IF", f"an image of mode {image.mode}; save it with 8 bits")
         image.load()  # pixels that are damaged raise an error here, and PIL may raise it only once
         with contextlib.suppress(Exception):  # damaged EXIF data: the image stays as it is stored
@@ -548,7 +546,7 @@ def read_mask(file: Path, values: dict[int, int], colours: bool = False) -> torc
     its class number; with `colours` a pixel holds 65536 r + 256 g + b. Raises ValueError for any
     other value, and for a format that may have changed the values."""
     with about(file), Image.open(file) as image:
-        # PIL stretches 2 and 4 bits to 8, and cuts 16 of a colour; "L;" or "B;" in `tile` tells it.
+        # PIL rescales 2 and 4 bits, cuts 16-bit colour; `tile` then names a raw mode like "L;4".
         lossy = re.search("[ABLR];|jpeg", f"{image.tile} {image.info.get('compression')}")
         modes = ("P", "L", "RGB", "RGBA") if colours else ("P", "L", "I", "I;16")
         require(image.format in ("PNG", "BMP", "TIFF") and image.mode in modes and not lossy,
@@ -633,7 +631,6 @@ def open_data(cfg: Config) -> Folder:
         require(WORLD == 1, f"{path} is missing: first run python data_prep.py {cfg.dataset}")
         import data_prep
         data_prep.prepare(cfg.dataset, cfg.root)
-
     number = lambda v: int.from_bytes(bytes(v), "big") if isinstance(v, list) else v  # noqa: E731
     with about(f"{path}/dataset.json (of the folder that --dataset names)"):
         content = dict(classes=None, definitions={}, ignore_index=IGNORE, colors={})
@@ -765,8 +762,8 @@ class TrainingSet(Dataset):
 # labels of frozen CLIP. The mask of an unlabelled image does not depend on its colours: the teacher
 # labels the weak view, and the student must say the same of strong views, recoloured and with a box
 # of another image (s1, s2), and of w itself with half of its channels (fp). The trap is
-# confirmation bias: a wrong pseudo-label is learned as eagerly as a right one. So only confident
-# ones count, and frozen CLIP never changes. Its borders are coarse, so its weight lambda falls.
+# confirmation bias: the student would also learn wrong pseudo-labels. So only confident ones count,
+# and frozen CLIP, which cannot drift, adds labels. Its borders are coarse, so lambda falls.
 
 class Targets(NamedTuple):
     """What unlabelled images should be called, pixel by pixel; all [B, H, W]."""
@@ -824,7 +821,7 @@ def semivl_loss(logits: dict, y, targets: dict, guidance_weight: float, conf_thr
                 weighting: str = "pixel") -> dict:
     """The formula above -> scalars: "x", one for each view, "guidance_VIEW" for each, and "total".
     logits: {"x": ..., "s1": ..., "s2": ..., "fp": ...}, [B, N, H, W] each. y: masks of x, int64
-    [B, H, W]. targets: of each view but x, its Targets; {} if there are none: total is L_x."""
+    [B, H, W]. targets: of each of these but x, its Targets; {} if there are none: total is L_x."""
     losses, consistency, guidance = {"x": supervised_loss(logits["x"], y)}, 0.0, 0.0
     for view, t in targets.items():
         weight = 0.5 if view == "fp" else 0.5 / len(targets.keys() - {"fp"})
@@ -877,12 +874,13 @@ def segment(model, image: torch.Tensor, cfg: Config, device: torch.device) -> tu
     with autocast(cfg, device):
         stride = cfg.stride or 5 * cfg.crop // 6
         strips = sliding_window(model, images, cfg.crop, stride, cfg.window_mode)
-        for scores in [torch.cat([*strips], dim=2)] if cfg.fit else strips:
+        for scores in [torch.cat([*strips], dim=2)] if cfg.fit else strips:  # joined to resize
             size = (H, W) if cfg.fit else scores.shape[2:]
             best = total = torch.full(size, -math.inf, device=device)
             label = torch.zeros(size, dtype=torch.uint8, device=device)
-            for n in range(0, scores.shape[1], 8):  # eight classes at a time take less memory
-                # Back to the mask's size. Here the authors align corners; in SemiVL they do not.
+            # Eight classes at a time take less memory: running maximum and logsumexp over classes.
+            for n in range(0, scores.shape[1], 8):
+                # Back to the mask's size, with aligned corners (not so in SemiVL.forward).
                 some = F.interpolate(scores[:, n:n + 8], size, mode="bilinear", align_corners=True)
                 score, index = some[0].max(0)
                 label = torch.where(score > best, (index + n).byte(), label)
@@ -1005,9 +1003,9 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
     require(cfg.batch % WORLD == 0, f"--batch {cfg.batch} cannot be shared by {WORLD} processes")
     require(not saved or [*saved["classes"].items()] == [*folder.classes.items()],
             f"{folder.path}: other classes than those that the run started with")
-    lists = {name: hashlib.sha256(repr(part).encode()).hexdigest() for name, part in dict(
+    digests = {name: hashlib.sha256(repr(part).encode()).hexdigest() for name, part in dict(
         train=folder.train, val=folder.val, test=folder.test, colors=folder.values).items()}
-    changed = [f for f in lists if saved and saved["lists"].get(f, lists[f]) != lists[f]]
+    changed = [f for f, now in digests.items() if saved and saved["lists"].get(f, now) != now]
     require(not changed, f"{folder.path}: {', '.join(changed)}: changed since the run started; add "
             f"--dataset {cfg.dataset} to go on with it all the same")
     # The named sets were checked when they were made: of them, only what has a mask is opened.
@@ -1036,7 +1034,7 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
         content = {key: module.state_dict() for key, module in modules.items()
                    if key == "model" or name == "last.pt"}  # of what they share one copy is written
         content |= dict(state, config=dataclasses.asdict(cfg), classes=folder.classes,
-                        clip=clip_config, labelled=labelled, lists=lists)
+                        clip=clip_config, labelled=labelled, lists=digests)
         with about(f"{out / name} (make room; what was saved before is whole)"):
             torch.save(content, out / "new.tmp")
             (out / "new.tmp").replace(out / name)
@@ -1133,6 +1131,8 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
             say(f"stopped after step {step}; go on by --resume {out}")
             raise KeyboardInterrupt
         clock = time.perf_counter()
+    for sign in (signal.SIGINT, signal.SIGTERM):  # the rest may be interrupted at once
+        signal.signal(sign, signal.default_int_handler)
     models = {"CLIP by names": by_names, "by definitions": guidance, "SemiVL": ema.model}
     report(models, folder, cfg, device, out, val_last=state["last"], val_best=state["best"])
 
