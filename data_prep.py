@@ -560,8 +560,9 @@ def pretrain_tiny_clip(images: list[Image.Image], captions: list[str]) -> open_c
         open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
     torch.manual_seed(0)
     model = empty_clip("toy")
-    # Guidance assumes a scale of 100, at which real CLIP ends. Learned, it would stay near 20 here:
-    # guidance would be too sure. At 100 cosines differ little, and the decoder learns slowly.
+    # Guidance assumes a scale of 100, at which real CLIP ends. Learned, it would stay near 20 here,
+    # and guidance would be too sure. At 100 cosines differ less, and the decoder learns slower.
+    # 50 is a compromise.
     model.logit_scale.data.fill_(math.log(50)).requires_grad_(False)
     texts = open_clip.tokenize(captions, model.context_length)
     texts, caption = torch.unique(texts, dim=0, return_inverse=True)

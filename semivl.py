@@ -438,7 +438,7 @@ class LanguageGuidedDecoder(nn.Module):
         """dense [B, E, gh, gw], skips (shallow, deep), text [N, E] -> logits [B, N, 4gh, 4gw]."""
         x = self.by_classes(self.spatial_reasoning, cosine_maps(dense, text))
         x = self.semantic_reasoning(x, text)
-        shallow, deep = self.shallow_proj(skips[0]), self.deep_proj(skips[1])
+        shallow, deep = self.shallow_proj(skips[0]), self.deep_proj(skips[1])  # [B, ., ., .] each
         return self.by_classes(self.upsampling, x, shallow, deep)
 
 class VisionDecoder(nn.Module):
@@ -846,9 +846,9 @@ def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
 
 @torch.no_grad()
 def sliding_window(model, images, window: int, stride: int, mode: str = "logits"):
-    """Runs the model on overlapping windows, as the ViT works best at the size of its training,
-    and averages their logits or probabilities. images: [B, 3, H, W]. Yields complete strips [B, N,
-    rows, W], top to bottom: a photo's scores may exceed the memory. window, stride: pixels."""
+    """Runs the model (images -> logits) on overlapping windows, as the ViT works best at the size
+    of its training, and averages logits or probabilities. images: [B, 3, H, W]. Yields complete
+    strips [B, N, rows, W], from the top: a photo may exceed memory. stride <= window: pixels."""
     H, W = images.shape[2:]
     tops, lefts = window_starts(H, window, stride, mode), window_starts(W, window, stride, mode)
     total, count = None, images.new_zeros(H, W)
