@@ -4,7 +4,7 @@ Paper: Hoyer, Tan, Naeem, Van Gool, Tombari, "SemiVL", ECCV 2024, arXiv 2311.162
 A few images have masks, many have none, and CLIP connects words with images. One training step:
 
     labelled image x,        unlabelled image: one random crop of it
-    with its mask y          weak view w -------- recoloured twice ---> strong views s1, s2
+    with its mask y          weak view w ------ recoloured in 2 ways -> strong views s1, s2
           |                   |         |                                      |
           |              EMA TEACHER    |                      CutMix: a box of another image
           |              FROZEN CLIP    |                                      |
@@ -26,7 +26,7 @@ lists all differences. Paper: 84.0 mIoU on VOC with 92 masks, 6.1 above the best
     python semivl.py --predict runs/voc-92/last.pt a.jpg  mask and overlay of any image
 
 Sections 2 to 6 are the networks, 7 data, 8 losses, 9 evaluation, 10 training. "It buys" in their
-openings: test mIoU of the toy world with 8 masks, mean of 5 seeds; the whole method has 66.5.
+openings: test mIoU on the toy world with 8 masks, mean of 5 seeds. The whole method reaches 66.5.
 Letters for shapes, in every comment: B images, N classes, K concepts, H x W image, P patch side,
 gh x gw patches (H/P, W/P rounded up), T = 1 + gh*gw tokens, D width of the ViT, E width of CLIP's
 joint space of images and text, C = 128 channels of one class's map. In prose x is the labelled
@@ -66,7 +66,7 @@ from tqdm import tqdm
 # 1. Settings: one flat Config, PRESETS for each data set, and the command line over both ----------
 @dataclasses.dataclass
 class Config:
-    """Each field is an option (`vit_lr`: --vit-lr, `conf_thresh`: --conf), its comment its help."""
+    """The options: `vit_lr` is --vit-lr, `conf_thresh` is --conf. Comments are for --help."""
     dataset: str = "voc"  # toy (without this option), voc, coco, ade20k, cityscapes, or a FOLDER
     labels: int = 92  # number of labelled images; all others of train.txt are used without mask
     root: str = "data"  # folder in which the named data sets are kept
@@ -75,7 +75,6 @@ class Config:
     scale_min: float = 0.5  # smallest factor of the random scale
     scale_max: float = 2.0  # largest factor of the random scale
     workers: int = 4  # processes that load images; 0: the training process itself
-    # Model
     clip: str = "ViT-B-16-quickgelu"  # a plain ViT CLIP of open_clip; toy; or local-dir:FOLDER
     clip_tag: str = "openai"  # which of open_clip's pretrained weights
     clip_weights: str = ""  # FILE of CLIP weights; none: random; '': those of the tag
@@ -83,18 +82,16 @@ class Config:
     decoder: Literal["language", "vision"] = "language"  # vision: DeepLabV3+
     decoder_channels: int = 128  # C of the language decoder; all of its widths follow
     decoder_text: Literal["names", "mean"] = "names"  # text of a class: name, or mean of concepts
-    definitions: bool = True  # frozen CLIP compares with a class's concepts; off: with its name
+    definitions: bool = True  # use a class's concepts (section 2); off: its name instead
     finetune: Literal["spatial", "all", "none"] = "spatial"  # what trains in the ViT (section 4)
     conv_skip: bool = False  # take the shallow skip from a ResNet-101 stem (Cityscapes)
     conv_weights: str = ""  # FILE of the stem's weights; none: random; '': timm's
-    # Method
     unlabelled: bool = True  # use the unlabelled images
     conf_thresh: float = 0.95  # lowest confidence of a pseudo-label that is used
-    weighting: Literal["pixel", "mean"] = "pixel"  # count confident pixels, or all
+    weighting: Literal["pixel", "mean"] = "pixel"  # which pixels count; mean: all
     guidance: float = 0.1  # weight of frozen CLIP's losses; falls linearly to 0
-    guidance_conf_thresh: float = 0.9  # the same for the labels of frozen CLIP
+    guidance_conf_thresh: float = 0.9  # lowest probability of frozen CLIP's labels
     ema: float = 0.996  # decay of the EMA teacher; 0: the student teaches itself
-    # Training
     steps: int = 0  # optimiser steps; 0: as many as --epochs has
     epochs: int = 80  # passes over the unlabelled images
     batch: int = 8  # labelled images per step, and as many unlabelled ones
@@ -130,7 +127,7 @@ PRESETS = {
     "ade20k": dict(labels=158, epochs=40, micro_batch=1, lr=4e-3, vit_lr=4e-7),
     "cityscapes": dict(labels=100, fit=False, crop=801, stride=534, steps=240 * 349, micro_batch=1,
                        lr=5e-4, vit_lr=5e-6, conv_skip=True, decoder_text="mean", weighting="mean",
-                       window_mode="probabilities")}  # the steps of 186 labels
+                       window_mode="probabilities")}  # 349 steps a pass: 186 labels
 IGNORE = 255  # "no label" in every mask in memory, whatever value a folder's files have for it
 
 def require(condition, message: str) -> None:
@@ -144,7 +141,7 @@ def about(what):
     try:
         yield
     except Exception as error:  # PIL, json, torch and the network all raise what they like
-        reason = getattr(error, "strerror", None) or str(error) or repr(error)
+        reason = (getattr(error, "strerror", None) or "").lower() or str(error) or repr(error)
         raise ValueError(f"{what}: {' '.join(reason.split())[:300]}") from None
 
 RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if (
@@ -192,29 +189,29 @@ def encode_text(clip: open_clip.CLIP, names: list[str]) -> torch.Tensor:
     tokens = open_clip.tokenize([f"a photo of a {name}" for name in names], clip.context_length)
     return clip.eval().encode_text(tokens.to(clip.token_embedding.weight.device)).float()
 
-def describe_classes(clip: open_clip.CLIP, classes: dict[str, list[str]], cfg: Config) -> tuple:
-    """classes: name -> one concept or more. cfg: its decoder_text and definitions are used.
-    Returns text [N, E] for the decoder, names [N, E] and concepts [K, E], class after class, all
-    L2-normalised, and sizes: the number of concepts per class (N integers, K in all)."""
+def describe_classes(clip, classes: dict[str, list[str]], decoder_text="names", definitions=True):
+    """classes: name -> one concept or more, of which only the name is used without `definitions`.
+    Returns, L2-normalised, text [N, E] for the decoder (of names, or "mean": means of concepts),
+    names [N, E], concepts [K, E] (class after class); and sizes, how many concepts a class has."""
     text = names = encode_text(clip, list(classes))
-    groups = list(classes.values()) if cfg.definitions else [[name] for name in classes]
+    groups = list(classes.values()) if definitions else [[name] for name in classes]
     concepts, sizes = encode_text(clip, sum(groups, [])), [len(group) for group in groups]
-    if cfg.decoder_text == "mean":  # the mean is taken BEFORE normalising, as the authors do
+    if decoder_text == "mean":  # the mean is taken BEFORE normalising, as the authors do
         text = torch.stack([group.mean(0) for group in concepts.split(sizes)])
     return *(F.normalize(t, dim=-1) for t in (text, names, concepts)), sizes
 
 # 3. Dense CLIP (paper: Vision-Language Pre-training): how do we get an embedding for every patch? -
 # CLIP's image embedding is read from the class token. In the last block its attention takes a
-# weighted mean of the patches' VALUE vectors, and that mean is what training has aligned with text.
+# weighted mean of all tokens' VALUE vectors, and that mean is what training has aligned with text.
 # So a single patch's own value vector, sent through the rest of the block, lies close to the text
 # of what the patch shows. This is the "value path" (MaskCLIP, Zhou et al., ECCV 2022): it replaces
 # attention by the token's own value. We lose the context that this one block would have added.
 # The decoder also needs to know where things end. Two skip maps of early blocks tell it: there, a
 # patch still describes its own pixels. The authors take value paths for them, too, and give no
-# reason; a plausible one: attention would mix in what other places show.
+# reason; a plausible one: attention would mix in even more of what other places show.
 # (Colour statistics of ImageNet: for the ResNet of `conv_skip`, and for CLIP if `authors_clip`.)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-torch.backends.mha.set_fastpath_enabled(False)  # torch's own fast path is the slower one on a CPU
+torch.backends.mha.set_fastpath_enabled(False)  # process-wide, for speed: it is slower on a CPU
 
 class LeanQuickGELU(nn.Module):
     """x sigmoid(1.702 x), as silu(1.702 x) / 1.702: the backward pass keeps one tensor, not two."""
@@ -240,15 +237,15 @@ def resize_position(position: torch.Tensor, old: tuple, new: tuple) -> torch.Ten
 class DenseCLIP(nn.Module):
     """The visual tower of a plain open_clip ViT (else ValueError), as an encoder of patches.
     visual: `open_clip.create_model(...).visual`; it is changed, so build only one on it. grid: (gh,
-    gw) of the position embedding that is trained; images of other sizes get it by interpolation.
+    gw) to which the position embedding is resized once; other image sizes interpolate from that.
     authors: exact GELU and LayerNorm eps 1e-6, as in the authors' code and for their weights;
     OpenAI's CLIP has QuickGELU and 1e-5. mean, std: of image colours, by default CLIP's."""
     def __init__(self, visual, grid=None, authors=False, mean=None, std=None):
         super().__init__()
         parts = open_clip.transformer
-        plain = isinstance(visual, parts.VisionTransformer) and not (
-            visual.attn_pool or visual.final_ln_after_pool) and (
-            {parts.ResidualAttentionBlock} == {*map(type, visual.transformer.resblocks[1:])}) and (
+        plain = isinstance(visual, parts.VisionTransformer) and not visual.attn_pool and (
+            not visual.final_ln_after_pool and len(visual.transformer.resblocks) > 1 and
+            all(type(b) is parts.ResidualAttentionBlock for b in visual.transformer.resblocks) and
             len(visual.positional_embedding) == 1 + math.prod(visual.grid_size))
         require(plain, "DenseCLIP needs a plain ViT of two blocks or more, fresh from create_model")
         self.visual, self.patch = visual, visual.conv1.kernel_size[0]
@@ -293,8 +290,8 @@ class DenseCLIP(nn.Module):
 # thought to store what CLIP knows.
 # It buys: nothing on the toy world (66.5; all trained 66.8, nothing 66.0), whose runs are short.
 def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
-    """Sets what trains in the ViT: "spatial" (29.1 of ViT-B/16's 86.8 million parameters), "all" or
-    "none". Call it before `make_optimizer` and `copy_trained`: both look at `requires_grad`."""
+    """Sets what trains in the ViT: "spatial" (29.1 of 86.8 million parameters of ViT-B/16 at crop
+    512), "all" or "none". To be called before `make_optimizer` and `copy_trained`."""
     require(mode in ("spatial", "all", "none"), f"mode {mode!r}: take spatial, all or none")
     for name, tensor in clip.named_parameters():
         spatial = ".attn." in name or name.endswith("positional_embedding")
@@ -302,8 +299,8 @@ def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
     return clip
 
 def copy_trained(module: nn.Module) -> nn.Module:
-    """A copy that gets no gradients. It owns copies of the parameters that train and shares all
-    others, two thirds of the ViT: those must stay as they are, in the module and in the copy."""
+    """A copy that gets no gradients. It copies the parameters that train and shares all others, two
+    thirds of the ViT. If one of those were trained later, the copy would change, too."""
     shared = {id(p): p for p in module.parameters() if not p.requires_grad}
     # deepcopy takes what is in its memo for copied already, and returns it as it is.
     return copy.deepcopy(module, memo=shared).requires_grad_(False).eval()
@@ -331,16 +328,16 @@ def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         return torch.einsum("behw,ne->bnhw", dense, text)
 
 def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=None) -> nn.Sequential:
-    """Convolution that keeps the size, norm, ReLU. Default norm: GroupNorm, 16 channels a group."""
-    groups = math.gcd(max(1, c_out // 16), c_out)  # it has to divide c_out
+    """Convolution that keeps the size, norm, ReLU. Default norm: GroupNorm."""
+    groups = math.gcd(max(1, c_out // 16), c_out)  # of 16 channels, if that divides c_out
     norm = norm(c_out) if norm else nn.GroupNorm(groups, c_out)
     conv = nn.Conv2d(c_in, c_out, kernel, 1, dilation * (kernel // 2), dilation, bias=False)
     # ReLU may work in place: the backward pass of a norm needs its input, not its output.
     return nn.Sequential(conv, norm, nn.ReLU(inplace=True))
 
 def conv_by_parts(conv: nn.Conv2d, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors whose sum is conv(torch.cat(parts, dim=1)); no bias, stride or dilation. So a part
-    that all classes or all places share is convolved only once, and the sum broadcasts it."""
+    """Tensors whose sum is conv(torch.cat(parts, dim=1)), if conv has no bias, stride or dilation.
+    A part that all classes or all places share is convolved once; the sum broadcasts it."""
     weights = conv.weight.split([part.shape[1] for part in parts], dim=1)
     return [F.conv2d(part, w, padding=conv.padding) for part, w in zip(parts, weights)]
 
@@ -360,16 +357,16 @@ class ASPP(nn.Module):
 
 class SemanticReasoning(nn.Module):
     """Classes against each other: a transformer layer whose sequence is the N classes at a place.
-    x [B, N, C, gh, gw], text [N, C] -> [B, N, C, gh, gw]. Where "road" is sure, "boat" is unlikely.
+    x [B, N, C, gh, gw], projected text [N, C] -> as x. Where "road" is sure, "boat" is unlikely.
     The text tells the layer which class a sequence item is; no weight belongs to one class."""
     def __init__(self, C: int):
         super().__init__()
-        self.layer = nn.TransformerEncoderLayer(2 * C, 4, 4 * C, dropout=0.0, activation="gelu",
-                                                norm_first=True, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(2 * C, nhead=4, dim_feedforward=4 * C, dropout=0.0,
+            activation="gelu", norm_first=True, batch_first=True)
     def forward(self, x, text):
         B, N, C, gh, gw = x.shape
-        # Attention between classes needs no fine grid, so it runs on means over 4 x 4 patches: ph =
-        # gh // 4, pw = gw // 4, at least 1; a remainder at the edge is left out.
+        # Attention between classes needs no fine grid, so it runs on means over 4 x 4 patches, ph x
+        # pw of them: gh // 4 and gw // 4, at least 1; a remainder at the edge is left out.
         pooled = F.avg_pool2d(x.flatten(0, 1), (min(4, gh), min(4, gw)))  # [B*N, C, ph, pw]
         tokens = pooled.unflatten(0, (B, N)).permute(0, 3, 4, 1, 2).flatten(0, 2)  # [B*ph*pw, N, C]
         text = text.expand(len(tokens), -1, -1)  # [B*ph*pw, N, C]
@@ -377,7 +374,7 @@ class SemanticReasoning(nn.Module):
         tokens = self.layer(torch.cat([tokens, text], dim=2))[..., :C]  # [B*ph*pw, N, C]
         pooled = tokens.unflatten(0, (B, *pooled.shape[2:])).permute(0, 3, 4, 1, 2)  # [B,N,C,ph,pw]
         refined = F.interpolate(pooled.flatten(0, 1), (gh, gw), mode="bilinear", align_corners=True)
-        return x + refined.unflatten(0, (B, N))  # second residual: the layer has one inside, too
+        return x + refined.unflatten(0, (B, N))  # the layer kept pooled x, too: as the authors do
 
 class UpStage(nn.Module):
     """Doubles the resolution and adds detail from a skip map, which all classes share:
@@ -482,7 +479,7 @@ class SemiVL(nn.Module):
 
 class FrozenGuidance(nn.Module):
     """CLIP as it was before SemiVL's first step, as a zero-shot classifier of pixels.
-    clip: a DenseCLIP that is not trained (see `copy_trained`). concepts: [K, E] text embeddings,
+    clip: `copy_trained(student.clip)`; student.clip itself would drift. concepts: [K, E] of text,
     class after class. sizes: concepts per class. conf_thresh: labels below it become IGNORE."""
     def __init__(self, clip: DenseCLIP, concepts, sizes: list[int], conf_thresh: float = 0.9):
         super().__init__()
@@ -496,7 +493,7 @@ class FrozenGuidance(nn.Module):
         groups = cosine_maps(dense, self.concepts).split(self.sizes, dim=1)  # N x [B, ., gh, gw]
         similarity = torch.stack([group.amax(1) for group in groups], dim=1)  # [B, N, gh, gw]
         similarity = F.interpolate(similarity, images.shape[2:], mode="bilinear")  # [B, N, H, W]
-        return 100 * similarity  # CLIP's learned logit scale; without it softmax would be flat
+        return 100 * similarity  # logit scale of OpenAI's CLIP; without it softmax would be flat
     def labels(self, images: torch.Tensor) -> torch.Tensor:
         """Images -> int64 [B, H, W]: class, or IGNORE below conf_thresh (maybe everywhere)."""
         confidence, label = self(images).softmax(1).max(1)
@@ -705,7 +702,8 @@ strong_view = v2.Compose([  # uint8 [3, crop, crop] -> the same with other colou
     v2.RandomApply([v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)], 0.8),
     v2.RandomGrayscale(0.2),
     v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], 0.5)])
-STRONG_VIEWS = {"s1": strong_view, "s2": strong_view}  # one more view is one more entry
+# One more view: a new name (not one of TrainingSet's); its function moves no pixel, and copies.
+STRONG_VIEWS = {"s1": strong_view, "s2": strong_view}
 
 def cutmix_box(size: int) -> torch.Tensor:
     """A random box (top, left, bottom, right) in a crop of size x size; empty with p = 0.5."""
@@ -719,7 +717,7 @@ def cutmix_box(size: int) -> torch.Tensor:
         if left + width <= size and top + height <= size:
             return torch.tensor([top, left, top + height, left + width])
 
-# Item i of a run is augmented with torch's seed `seed * STREAM + i`; dropout has STREAM // 2 more.
+# Item i of a run is augmented with seed * STREAM + i as torch's seed; dropout adds STREAM // 2.
 STREAM = 10**9
 
 class TrainingSet(Dataset):
@@ -754,7 +752,7 @@ class TrainingSet(Dataset):
 
 # 8. Consistency (UniMatch, Yang et al., CVPR 2023): what about an image without a mask? -----------
 #     total = (L_x + 1/2 mean over strong views of L_s + 1/2 L_fp) / 2
-#             + lambda (1/2 mean over strong views of G_s + 1/2 G_fp)       (this paper's)
+#             + lambda (1/2 mean over strong views of G_s + 1/2 G_fp)     (line 2: SemiVL's)
 # with lambda = --guidance * (1 - step/steps). So the weights are 1/2 for L_x, 1/8 each for L_s1 and
 # L_s2, 1/4 for L_fp, lambda/4 each for G_s1 and G_s2, lambda/2 for G_fp.
 # L_x: cross-entropy with the mask. L_s, L_fp: with the teacher's pseudo-labels. G_s, G_fp: with the
@@ -765,7 +763,7 @@ class TrainingSet(Dataset):
 # more confident. So only confident ones count, and frozen CLIP, which stays as it is, adds labels.
 # Their borders are coarse, so lambda falls. It buys, alone: -6.4 (DeepLabV3+: 48.4, then 42.0).
 class Targets(NamedTuple):
-    """The targets of unlabelled images, per pixel; all [B, H, W]."""
+    """The targets of unlabelled images, per pixel, and where they count; all [B, H, W]."""
     label: torch.Tensor  # int64, the teacher's pseudo-label
     confidence: torch.Tensor  # float32, its probability
     padding: torch.Tensor  # bool, True where the crop holds no image
@@ -818,8 +816,8 @@ def guidance_loss(logits, clip_label):
 def semivl_loss(logits: dict, y, targets: dict, guidance_weight: float, conf_thresh: float = 0.95,
                 weighting: str = "pixel") -> dict:
     """The formula above, as scalars: "x", each view's "VIEW" and "guidance_VIEW", and "total".
-    logits: {"x": ..., "s1": ..., "s2": ..., "fp": ...}, [B, N, H, W] each. y: masks of x, int64
-    [B, H, W]. targets: the Targets of each view, without x; if it is {}, total is L_x alone."""
+    logits: {"x": ..., "s1": ..., "s2": ..., "fp": ...}, [B, N, H, W] each. y: masks of x, int64 [B,
+    H, W]. targets: each view's Targets, without x; {}: total is L_x. guidance_weight: lambda."""
     losses = {"x": supervised_loss(logits["x"], y)}
     L_sum = G_sum = 0.0
     for view, t in targets.items():
@@ -856,8 +854,9 @@ def sliding_window(model, images, window: int, stride: int, mode: str = "logits"
             scores = logits.softmax(1) if mode == "probabilities" else logits
             total[:, :, :scores.shape[2], left:left + window] += scores
             count[top:top + window, left:left + window] += 1
-        total[:, :, :end - top] /= count[top:end]  # the next windows begin at `end`, so these are
-        yield total[:, :, :end - top]  # complete; the other rows move up
+        # The next windows begin at row `end`: the rows above it are complete, the others move up.
+        total[:, :, :end - top] /= count[top:end]
+        yield total[:, :, :end - top]
         total = F.pad(total[:, :, end - top:], (0, 0, 0, end - top))
 
 def segment(model, image: torch.Tensor, cfg: Config, device: torch.device) -> tuple:
@@ -867,7 +866,7 @@ def segment(model, image: torch.Tensor, cfg: Config, device: torch.device) -> tu
     if cfg.fit:  # the short side becomes as long as the window (less, if the image is a thin strip)
         scale = min(cfg.crop / min(H, W), 8 * cfg.crop / max(H, W))
         image = VF.resize(image, scaled_size(H, W, scale), antialias=True)
-    images = image[None].to(device).float() / 255
+    images = image[None].to(device) / 255
     with autocast(cfg, device):
         stride = cfg.stride or 5 * cfg.crop // 6
         strips = sliding_window(model, images, cfg.crop, stride, cfg.window_mode)
@@ -1016,7 +1015,8 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
         1, len(unlabelled or labelled) // cfg.batch))
     torch.manual_seed(cfg.seed)
     clip, clip_config = load_clip(cfg)
-    text, names, concepts, sizes = describe_classes(clip, folder.classes, cfg)
+    text, names, concepts, sizes = describe_classes(
+        clip, folder.classes, cfg.decoder_text, cfg.definitions)
     student = build_model(cfg, clip.visual, text, cfg.conv_weights).to(device).train()
     del clip  # the text tower has done its work
     frozen = copy_trained(student.clip)  # CLIP before its first step, and before a run is resumed
@@ -1037,7 +1037,7 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
         log = open_log(out := new_run(cfg, labelled))
     def save(name):  # replaces the old file when the new one is complete
         content = {key: module.state_dict() for key, module in modules.items()
-                   if key == "model" or name == "last.pt"}  # of what they share one copy is written
+                   if key == "model" or name == "last.pt"}  # torch.save writes shared tensors once
         content |= dict(state, config=dataclasses.asdict(cfg), classes=folder.classes,
                         clip=clip_config, labelled=labelled, digest=digest)
         with about(f"{out / name} (make room; what was saved before is whole)"):
@@ -1075,8 +1075,8 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
         chunks = [slice(i, i + size) for i in range(0, len(batch["x"]), size)]
         if cfg.unlabelled:
             with autocast(cfg, device):
-                own = [make_targets(ema.model, cfg.guidance and guidance, w.float() / 255, padding)
-                       for w, padding in zip(batch["w"].split(size), batch["padding"].split(size))]
+                own = [make_targets(ema.model, guidance if cfg.guidance else None, w / 255, p)
+                       for w, p in zip(batch["w"].split(size), batch["padding"].split(size))]
             own = Targets(*map(torch.cat, zip(*own)))  # [batch, H, W] each
             for view in data.views:
                 paste = lambda t: cutmix(t, t.flip(0), batch[f"{view}_box"])  # noqa: E731
@@ -1087,7 +1087,7 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
         for c in chunks:
             item = step * cfg.batch + RANK * len(batch["x"]) + c.start
             torch.manual_seed(cfg.seed * STREAM + STREAM // 2 + item)  # of feature dropout
-            pixels = torch.cat([t[c] for t in images.values()]).float() / 255  # [views * size, ...]
+            pixels = torch.cat([t[c] for t in images.values()]) / 255  # [views * size, ...]
             with autocast(cfg, device):
                 logits = parallel(pixels, num_perturbed=size if targets else 0)  # "fp" comes last
             terms = semivl_loss(

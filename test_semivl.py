@@ -282,12 +282,12 @@ def test_what_would_be_computed_wrongly_is_refused():
 
 def test_definitions_average_for_the_decoder_and_stand_apart_for_guidance():
     clip, classes = data_prep.empty_clip("toy"), {"ground": ["grass", "sand"], "car": ["car"]}
-    text, _, concepts, sizes = semivl.describe_classes(clip, classes, Config(decoder_text="mean"))
+    text, _, concepts, sizes = semivl.describe_classes(clip, classes, decoder_text="mean")
     raw = semivl.encode_text(clip, ["grass", "sand"])
     torch.testing.assert_close(text[0], F.normalize(raw.mean(0), dim=0))
     assert sizes == [2, 1]
     torch.testing.assert_close(concepts[:2], F.normalize(raw, dim=1))
-    text, names, concepts, _ = semivl.describe_classes(clip, classes, Config(definitions=False))
+    text, names, concepts, _ = semivl.describe_classes(clip, classes, definitions=False)
     torch.testing.assert_close((text, concepts), (names, names))
 
 def test_torchscript_is_loaded_only_if_it_is_openais_own(tmp_path, monkeypatch):
@@ -750,8 +750,8 @@ MISTAKES = {  # what is wrong -> (file, content or picture; or options), words o
     "windows with gaps between them": "--stride 33 | pixels would be left out",
     "a width without an eighth": "--decoder-channels 12 | multiple of 8",
     "a crop below the patch": "--crop 7 --stride 7 | patch",
-    "no such checkpoint": "--eval nowhere.pt | No such file",
-    "a folder for a checkpoint": "--eval masks | Is a directory",
+    "no such checkpoint": "--eval nowhere.pt | no such file",
+    "a folder for a checkpoint": "--eval masks | is a directory",
     "a file for a run": "--resume dataset.json | not a run's folder",
     "an output folder that is taken": "--out splits | splits"}
 
@@ -786,7 +786,7 @@ def test_twenty_problems_of_a_folder_are_listed_at_once(folder, tmp_path, capsys
 def test_a_loader_error_ends_the_run_with_its_own_message(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(semivl.Folder, "check", lambda *_: (folder / "images/0.png").unlink())
     assert run(folder, tmp_path / "run", "--workers", 1) == 2
-    assert capsys.readouterr().err.endswith(f"{folder}/images/0.png: No such file or directory\n")
+    assert capsys.readouterr().err.endswith(f"{folder}/images/0.png: no such file or directory\n")
 
 # The file itself ----------------------------------------------------------------------------------
 def cut_out(name: str):
