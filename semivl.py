@@ -3,8 +3,8 @@ Paper: Hoyer, Tan, Naeem, Van Gool, Tombari, "SemiVL", ECCV 2024, arXiv 2311.162
 
 A few images have masks, many have none, and CLIP connects words with images. One training step:
 
-    labelled image x,        unlabelled image: one random crop of it
-    with its mask y          weak view w ------ recoloured in 2 ways -> strong views s1, s2
+    labelled image x,        unlabelled image: a random crop
+    with its mask y          is the weak view w ---- recoloured twice -> strong views s1, s2
           |                   |         |                                      |
           |              EMA TEACHER    |                      CutMix: a box of another image
           |              FROZEN CLIP    |                                      |
@@ -29,7 +29,7 @@ Sections 2 to 6 are the networks, 7 data, 8 losses, 9 evaluation, 10 training. "
 openings: test mIoU on the toy world with 8 masks, mean of 5 seeds. The whole method reaches 66.5.
 Letters for shapes, in every comment: B images, N classes, K concepts, H x W image, P patch side,
 gh x gw patches (H/P, W/P rounded up), T = 1 + gh*gw tokens, D width of the ViT, E width of CLIP's
-joint space of images and text, C = 128 channels of one class's map. In prose x is the labelled
+joint space of images and text, C channels of one class's map (128). In prose x is the labelled
 image; inside a module `x` is whatever features flow through it.
 """
 
@@ -88,14 +88,14 @@ class Config:
     conv_weights: str = ""  # FILE of the stem's weights; none: random; '': timm's
     unlabelled: bool = True  # use the unlabelled images
     conf_thresh: float = 0.95  # lowest confidence of a pseudo-label that is used
-    weighting: Literal["pixel", "mean"] = "pixel"  # which pixels count; mean: all
+    weighting: Literal["pixel", "mean"] = "pixel"  # mean: all pixels, by confidence
     guidance: float = 0.1  # weight of frozen CLIP's losses; falls linearly to 0
     guidance_conf_thresh: float = 0.9  # lowest probability of frozen CLIP's labels
     ema: float = 0.996  # decay of the EMA teacher; 0: the student teaches itself
     steps: int = 0  # optimiser steps; 0: as many as --epochs has
     epochs: int = 80  # passes over the unlabelled images
     batch: int = 8  # labelled images per step, and as many unlabelled ones
-    micro_batch: int = 2  # how many of them per forward pass; their gradients accumulate
+    micro_batch: int = 2  # labelled (and unlabelled) images per forward; gradients add up
     lr: float = 1e-3  # learning rate of the decoder
     vit_lr: float = 1e-6  # learning rate of the ViT, and of the stem of conv_skip
     weight_decay: float = 0.01  # AdamW's, on everything that trains
@@ -127,7 +127,7 @@ PRESETS = {
     "ade20k": dict(labels=158, epochs=40, micro_batch=1, lr=4e-3, vit_lr=4e-7),
     "cityscapes": dict(labels=100, fit=False, crop=801, stride=534, steps=240 * 349, micro_batch=1,
                        lr=5e-4, vit_lr=5e-6, conv_skip=True, decoder_text="mean", weighting="mean",
-                       window_mode="probabilities")}  # 349 steps a pass: 186 labels
+                       window_mode="probabilities")}  # 240 x (2975 - 186 images) / 8
 IGNORE = 255  # "no label" in every mask in memory, whatever value a folder's files have for it
 
 def require(condition, message: str) -> None:
@@ -146,10 +146,10 @@ def about(what):
 
 RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if (
     dist.is_torchelastic_launched()) else (0, 1)  # number of this process, of all (torchrun's)
-IN_LOG = {} if sys.stderr and sys.stderr.isatty() else dict(  # a line twice a minute, and no bar
+LOG_FORM = {} if sys.stderr and sys.stderr.isatty() else dict(  # lines twice a minute, no bar
     miniters=1, mininterval=30, delay=30, bar_format="{desc}: {n_fmt} of {total_fmt}\n")
-progress = partial(tqdm, leave=bool(IN_LOG), disable=RANK > 0 or not sys.stderr, **IN_LOG)
-say = (lambda text: None) if RANK else print if IN_LOG else tqdm.write  # the last: above a bar
+progress = partial(tqdm, leave=bool(LOG_FORM), disable=RANK > 0 or not sys.stderr, **LOG_FORM)
+say = (lambda text: None) if RANK else print if LOG_FORM else tqdm.write  # tqdm keeps its bar whole
 
 # 2. Language (paper: Class Definition Guidance): what is a class called, what does it look like? --
 # A class name alone can be a poor prompt: hardly any caption on the web says "background". So a
@@ -158,7 +158,7 @@ say = (lambda text: None) if RANK else print if IN_LOG else tqdm.write  # the la
 # the mean of its concepts. The decoder is trained, so a poor name costs it less.
 # On COCO and ADE20K a class's only concept is its name. Misspellings ("wolve") are as published.
 # It buys: frozen CLIP reaches 50.7 by definitions (27.1 by names), SemiVL guided by it 66.5 (59.5).
-DEFINITIONS = {  # data set -> "class: concept|concept; class: ..." in the order of class numbers
+DEFINITION_TEXTS = {  # data set -> "class: concept|concept; class: ...", classes in their order
     "voc": """background: background|bed|building|cabinet|ceiling|curtain|door|fence|floor|grass|
 ground|mountain|road|rock|shelves|sidewalk|sky|snow|tree|wall|water|window|hang glider|helicopter|
 jet ski|go-cart|tractor|emergency vehicle|lorry|truck|lion|stool|bench|wheelchair|coffee table|desk|
@@ -181,7 +181,7 @@ truck|truck trailer; bus: bus; train: train|tram; motorcycle: motorcycle|moped|s
 bicycle"""}
 DEFINITIONS = {dataset: {name: words.split("|") for name, _, words in (
     entry.partition(": ") for entry in text.replace("|\n", "|").replace("\n", " ").split("; "))}
-    for dataset, text in DEFINITIONS.items()}
+    for dataset, text in DEFINITION_TEXTS.items()}
 
 @torch.no_grad()
 def encode_text(clip: open_clip.CLIP, names: list[str]) -> torch.Tensor:
@@ -189,8 +189,8 @@ def encode_text(clip: open_clip.CLIP, names: list[str]) -> torch.Tensor:
     tokens = open_clip.tokenize([f"a photo of a {name}" for name in names], clip.context_length)
     return clip.eval().encode_text(tokens.to(clip.token_embedding.weight.device)).float()
 
-def describe_classes(clip, classes: dict[str, list[str]], decoder_text="names", definitions=True):
-    """classes: name -> one concept or more, of which only the name is used without `definitions`.
+def describe_classes(clip, classes: dict[str, list], *, decoder_text="names", definitions=True):
+    """classes: name -> one concept or more; without `definitions` the name is the only concept.
     Returns, L2-normalised, text [N, E] for the decoder (of names, or "mean": means of concepts),
     names [N, E], concepts [K, E] (class after class); and sizes, how many concepts a class has."""
     text = names = encode_text(clip, list(classes))
@@ -209,9 +209,9 @@ def describe_classes(clip, classes: dict[str, list[str]], decoder_text="names", 
 # The decoder also needs to know where things end. Two skip maps of early blocks tell it: there, a
 # patch still describes its own pixels. The authors take value paths for them, too, and give no
 # reason; a plausible one: attention would mix in even more of what other places show.
-# (Colour statistics of ImageNet: for the ResNet of `conv_skip`, and for CLIP if `authors_clip`.)
+# (ImageNet's colour statistics are for the ResNet of `conv_skip`, else for CLIP if `authors_clip`.)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-torch.backends.mha.set_fastpath_enabled(False)  # process-wide, for speed: it is slower on a CPU
+torch.backends.mha.set_fastpath_enabled(False)  # TransformerEncoderLayer's fast path is slower
 
 class LeanQuickGELU(nn.Module):
     """x sigmoid(1.702 x), as silu(1.702 x) / 1.702: the backward pass keeps one tensor, not two."""
@@ -328,16 +328,16 @@ def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         return torch.einsum("behw,ne->bnhw", dense, text)
 
 def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=None) -> nn.Sequential:
-    """Convolution that keeps the size, norm, ReLU. Default norm: GroupNorm."""
-    groups = math.gcd(max(1, c_out // 16), c_out)  # of 16 channels, if that divides c_out
-    norm = norm(c_out) if norm else nn.GroupNorm(groups, c_out)
-    conv = nn.Conv2d(c_in, c_out, kernel, 1, dilation * (kernel // 2), dilation, bias=False)
+    """Convolution that keeps the size, norm, ReLU. Default: GroupNorm, 16 channels a group."""
+    norm = norm(c_out) if norm else nn.GroupNorm(math.gcd(max(1, c_out // 16), c_out), c_out)
+    padding = dilation * (kernel // 2)
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=padding, dilation=dilation, bias=False)
     # ReLU may work in place: the backward pass of a norm needs its input, not its output.
     return nn.Sequential(conv, norm, nn.ReLU(inplace=True))
 
 def conv_by_parts(conv: nn.Conv2d, parts: list[torch.Tensor]) -> list[torch.Tensor]:
     """Tensors whose sum is conv(torch.cat(parts, dim=1)), if conv has no bias, stride or dilation.
-    A part that all classes or all places share is convolved once; the sum broadcasts it."""
+    A part that all classes share (or all places, if the kernel is 1 x 1) is convolved only once."""
     weights = conv.weight.split([part.shape[1] for part in parts], dim=1)
     return [F.conv2d(part, w, padding=conv.padding) for part, w in zip(parts, weights)]
 
@@ -400,7 +400,8 @@ class LanguageGuidedDecoder(nn.Module):
                  recompute=False):
         super().__init__()
         require(channels > 0 and channels % 8 == 0, "decoder channels: take a multiple of 8")
-        self.recompute, C, shallow_width = recompute, channels, shallow_width or channels // 8
+        self.recompute, C = recompute, channels
+        shallow_width = shallow_width or C // 8
         self.lift, self.aspp = nn.Conv2d(1, C, 7, padding=3), ASPP(C, C, C)
         self.text_proj = nn.Sequential(nn.Linear(embed_dim, C), nn.ReLU())
         self.semantic = nn.ModuleList([SemanticReasoning(C), SemanticReasoning(C)])
@@ -423,8 +424,8 @@ class LanguageGuidedDecoder(nn.Module):
         maps = self.up2(self.up1(x.flatten(0, 1), deep), shallow)  # [B*N, C/4, 4gh, 4gw]
         return self.head(maps).view(*x.shape[:2], *maps.shape[2:])
     def by_classes(self, function, x, *shared):
-        """function(x, *shared) on a few classes of x [B, N, ...] at a time. So memory grows little
-        with N: in evaluation always, in training if `recompute` (backward repeats each forward)."""
+        """function(x, *shared) on a few classes of x [B, N, ...] at a time. Its memory hardly grows
+        with N then: in evaluation always, in training if `recompute` (backward repeats forward)."""
         if self.recompute and torch.is_grad_enabled():
             function = partial(torch.utils.checkpoint.checkpoint, function, use_reentrant=False)
         parts = x.split(max(1, MAPS_AT_ONCE // len(x)), dim=1)
@@ -473,8 +474,7 @@ class SemiVL(nn.Module):
             dense, shallow, deep = (torch.cat([f[:n], F.dropout2d(f[n:], 0.5)])
                                     for f in (dense, shallow, deep))
         logits = self.decoder(dense, (shallow, deep), self.text)  # [B, N, 4gh, 4gw]
-        # If P does not divide H or W, the logits are those of the padded image. They are resized to
-        # H x W, not cropped, so they shift by less than a patch: as in the authors' code.
+        # Logits of a padded image are resized to H x W, not cropped, as in the authors' code.
         return F.interpolate(logits.float(), images.shape[2:], mode="bilinear", align_corners=False)
 
 class FrozenGuidance(nn.Module):
@@ -524,7 +524,7 @@ class EMATeacher:
 #     FOLDER/splits/val.txt      "IMAGE MASK"; optional: test.txt, and 8/labeled.txt for --labels 8
 # Masks hold class numbers, 0 for the first of "classes". If they hold colours or other numbers,
 # dataset.json lists those: "colors": {"sky": [70, 130, 180], "car": [0, 0, 142]}, or {"sky": 0,
-# "car": 255}. "ignore_index" is then a colour or number, too; with -1 every pixel has a class.
+# "car": 255}. "ignore_index" is then a colour or number, too; without it every pixel has a class.
 def read_image(file: Path) -> torch.Tensor:
     """Any image file -> uint8 RGB [3, H, W], turned upright as its EXIF orientation says."""
     with about(file), Image.open(file) as image:
@@ -536,11 +536,10 @@ def read_image(file: Path) -> torch.Tensor:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 def read_mask(file: Path, values: dict[int, int], colours: bool = False) -> torch.Tensor:
-    """PNG, BMP or TIFF -> class numbers and IGNORE, uint8 [H, W]. values: what a pixel may hold ->
-    its class number; with `colours` a pixel holds 65536 r + 256 g + b. Raises ValueError for any
-    other value, and for a format that may have changed the values."""
+    """PNG, BMP or TIFF -> uint8 [H, W]. values: pixel (with `colours` 65536 r + 256 g + b) -> class
+    number or IGNORE. ValueError for other pixels, and for a format that may have changed them."""
     with about(file), Image.open(file) as image:
-        # PIL changes values of 2 or 4 bits and 16-bit colour; `tile` shows it by a raw mode "L;4".
+        # PIL changes values of 2 or 4 bits and 16-bit colour; repr(tile) then has "L;4", "RGB;16B".
         lossy = re.search("[ABLR];|jpeg", f"{image.tile} {image.info.get('compression')}")
         modes = ("P", "L", "RGB", "RGBA") if colours else ("P", "L", "I", "I;16")
         require(image.format in ("PNG", "BMP", "TIFF") and image.mode in modes and not lossy,
@@ -566,14 +565,13 @@ def read_list(folder: Path, name: str, need_mask: bool) -> list[tuple]:
             image, mask = [*words, ""][:2]
             require(image and (mask or not need_mask) and len(words) <= 2 and (
                 not mask or "." in image or "\t" in line),
-                f"{line!r}: should be 'IMAGE MASK', with a TAB behind a name that has blanks")
+                f"{line!r}: should be 'IMAGE.xxx MASK', with a TAB behind a name that has blanks")
             entries.append((os.path.relpath(folder / image, folder), mask or None))
         require(entries, "no line in it")
     return entries
 
 @dataclasses.dataclass
-class Folder:
-    """A data set on disk."""
+class Folder:  # a data set on disk
     path: Path
     classes: dict[str, list[str]]  # name -> concepts, in the order of class numbers
     values: dict[int, int]  # what its masks hold -> class number or IGNORE
@@ -588,7 +586,8 @@ class Folder:
     def check(self, lists: dict[str, list]) -> None:
         """Opens all that will be used, before it is; lists: title -> entries. Prints the pixels of
         each class, and what looks like a mistake. Raises ValueError with up to 20 problems."""
-        problems, turned, pixels, titles_of, N = [], 0, {}, {}, len(self.classes)
+        problems, pixels, titles_of = [], {}, {}
+        turned, N = 0, len(self.classes)
         for title, entry in progress([(t, e) for t in lists for e in lists[t]], "check"):
             file = os.path.realpath(self.path / entry[0])
             titles_of[file] = (*titles_of.get(file, ()), title)
@@ -629,9 +628,10 @@ def open_data(cfg: Config) -> Folder:
         data_prep.prepare(cfg.dataset, cfg.root)
     number = lambda v: int.from_bytes(bytes(v), "big") if isinstance(v, list) else v  # noqa: E731
     with about(f"{path}/dataset.json (of the folder that --dataset names)"):
-        content = dict(classes=None, definitions={}, ignore_index=IGNORE, colors={})
+        content = dict(classes=None, definitions={}, colors={})
         content |= json.loads((path / "dataset.json").read_text("utf-8-sig"))
-        names, ignore, colors = (content[key] for key in ("classes", "ignore_index", "colors"))
+        names, colors = content["classes"], content["colors"]
+        ignore = content.get("ignore_index", -1 if colors else IGNORE)  # -1 ignores nothing
         concepts = DEFINITIONS.get(cfg.dataset, content["definitions"])
         require(all(isinstance(words, list) and {*map(type, words)} == {str} for words in (
             names, *concepts.values())), "'classes', and each of 'definitions', is a list of names")
@@ -642,7 +642,7 @@ def open_data(cfg: Config) -> Folder:
             ignore, *colors.values())), "'ignore_index', and each of 'colors': [r, g, b] or number")
         colours = any(isinstance(color, list) for color in colors.values())
         values = {number(colors.get(name, n)): n for n, name in enumerate(names)}
-        # If masks hold colours, the default 255 ignores nothing: as a colour it would be blue.
+        # If masks hold colours, the number 255 ignores nothing: as a colour it would be blue.
         ignore = -1 if colours and not isinstance(ignore, list) else ignore
         values[number(ignore)] = IGNORE
         require(len(values) == len(names) + 1, f"ignore_index {ignore} is a class, too, or two "
@@ -657,23 +657,22 @@ def draw_labelled(folder: Folder, count: int, seed: int) -> list[tuple]:
     few images easily miss a class: of 100 draws the one whose masks show most classes is taken."""
     if (folder.path / f"splits/{count}/labeled.txt").exists():
         return read_list(folder.path, f"{count}/labeled.txt", True)
-    masked = [*{image: (image, mask) for image, mask in folder.train if mask}.values()]
-    require(count <= len(masked), f"--labels {count}: {folder.path} has {len(masked)} images with "
-            "masks to draw from; each number in splits/ has its list")
-    shown = lru_cache(None)(lambda i: {*folder.mask(masked[i]).unique().tolist()} - {IGNORE})
+    with_mask = [*dict(entry for entry in folder.train if entry[1]).items()]  # each image once
+    require(count <= len(with_mask), f"--labels {count}: only {len(with_mask)} images have masks")
+    shown = lru_cache(None)(lambda i: {*folder.mask(with_mask[i]).unique().tolist()} - {IGNORE})
     rng = np.random.default_rng(seed)
-    draws = [rng.choice(len(masked), count, replace=False).tolist() for _ in range(100)]
-    draws = progress(draws, "look at masks")
-    return [masked[i] for i in max(draws, key=lambda draw: len(set().union(*map(shown, draw))))]
+    draws = [rng.choice(len(with_mask), count, replace=False).tolist() for _ in range(100)]
+    best = max(progress(draws, "look at masks"), key=lambda d: len(set().union(*map(shown, d))))
+    return [with_mask[i] for i in best]
 
 def scaled_size(height: int, width: int, scale: float) -> list[int]:
     """[height, width] times scale, rounded half up; not below one pixel."""
     return [max(1, int(n * scale + 0.5)) for n in (height, width)]
 
 def random_size(height: int, width: int, cfg: Config) -> list[int]:
-    """A random [height, width] of the same aspect; r is uniform in [scale_min, scale_max].
-    With `fit` the long side becomes at most 4 * crop * r and the short side at most crop * r (in
-    the paper 2048 r, 512 r): at r = 1, 500 x 375 becomes 683 x 512. Without: both are times r."""
+    """A random [height, width] of the same aspect. With `fit` and r uniform in [scale_min,
+    scale_max]: long side at most 4 * crop * r, short side at most crop * r (in the paper 2048 r and
+    512 r: 500 x 375 becomes 683 x 512 at r = 1). Without: long side uniform in range * long."""
     long, short = max(height, width), min(height, width)
     if cfg.fit:
         r = float(torch.empty(()).uniform_(cfg.scale_min, cfg.scale_max))
@@ -687,7 +686,7 @@ def scale_crop_flip(image: torch.Tensor, mask: torch.Tensor, cfg: Config):
     the flip a small image is padded at the right and bottom: black, IGNORE in the mask."""
     crop, size = cfg.crop, random_size(*mask.shape, cfg)
     image = VF.resize(image, size, antialias=True)
-    # Two kinds of nearest, half a pixel apart: the authors use cv2's with `fit`, PIL's without.
+    # Half a pixel apart: NEAREST is cv2's (theirs with `fit`), NEAREST_EXACT PIL's (without).
     nearest = v2.InterpolationMode.NEAREST if cfg.fit else v2.InterpolationMode.NEAREST_EXACT
     mask = VF.resize(mask[None], size, interpolation=nearest)
     pad = [0, 0, max(crop - size[1], 0), max(crop - size[0], 0)]  # left, top, right, bottom
@@ -702,7 +701,7 @@ strong_view = v2.Compose([  # uint8 [3, crop, crop] -> the same with other colou
     v2.RandomApply([v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)], 0.8),
     v2.RandomGrayscale(0.2),
     v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], 0.5)])
-# One more view: a new name (not one of TrainingSet's); its function moves no pixel, and copies.
+# One more view is one more entry, under a new name; it moves no pixel and leaves its input as is.
 STRONG_VIEWS = {"s1": strong_view, "s2": strong_view}
 
 def cutmix_box(size: int) -> torch.Tensor:
@@ -717,8 +716,7 @@ def cutmix_box(size: int) -> torch.Tensor:
         if left + width <= size and top + height <= size:
             return torch.tensor([top, left, top + height, left + width])
 
-# Item i of a run is augmented with seed * STREAM + i as torch's seed; dropout adds STREAM // 2.
-STREAM = 10**9
+STREAM = 10**9  # torch's seeds: seed * STREAM + i augments item i, + STREAM // 2 is for dropout
 
 class TrainingSet(Dataset):
     """Item i of a run, counted over all epochs: a labelled and an unlabelled image, as x, w, s1, s2
@@ -761,7 +759,7 @@ class TrainingSet(Dataset):
 # with a box of another image) and for w with half of its feature channels off (fp: feature
 # perturbation). The trap is confirmation bias: wrong pseudo-labels are learned, too, and come back
 # more confident. So only confident ones count, and frozen CLIP, which stays as it is, adds labels.
-# Their borders are coarse, so lambda falls. It buys, alone: -6.4 (DeepLabV3+: 48.4, then 42.0).
+# Their borders are coarse, so lambda falls. Alone it costs 6.4 (48.4, then 42.0, by DeepLabV3+).
 class Targets(NamedTuple):
     """The targets of unlabelled images, per pixel, and where they count; all [B, H, W]."""
     label: torch.Tensor  # int64, the teacher's pseudo-label
@@ -794,8 +792,8 @@ def supervised_loss(logits, y):
     return loss / (y != IGNORE).sum().clamp(min=1)  # 0 if no pixel is known
 
 def consistency_loss(logits, label, confidence, padding, conf_thresh=0.95, weighting="pixel"):
-    """Cross-entropy with pseudo-labels: weighted sum over all pixels that are no padding, divided
-    by their number (not by the sum of weights, so an image with few confident pixels counts less).
+    """Cross-entropy with pseudo-labels: weighted sum over pixels that are no padding / number of
+    these pixels (not / sum of weights, so an image with few confident pixels counts less).
     logits [B, N, H, W]; label (int64), confidence, padding (bool) [B, H, W]. Weights: "pixel", 1 if
     its confidence reaches conf_thresh, else 0; "mean", the mean confidence of its image."""
     require(weighting in ("pixel", "mean"), "weighting: take pixel or mean")
@@ -821,13 +819,13 @@ def semivl_loss(logits: dict, y, targets: dict, guidance_weight: float, conf_thr
     losses = {"x": supervised_loss(logits["x"], y)}
     L_sum = G_sum = 0.0
     for view, t in targets.items():
-        weight = 0.5 if view == "fp" else 0.5 / len(targets.keys() - {"fp"})
+        share = 0.5 if view == "fp" else 0.5 / len(targets.keys() - {"fp"})
         L = consistency_loss(logits[view], t.label, t.confidence, t.padding, conf_thresh, weighting)
         G = guidance_loss(logits[view], t.clip_label)
         losses |= {view: L, f"guidance_{view}": G}
-        L_sum, G_sum = L_sum + weight * L, G_sum + weight * G
-    total = (losses["x"] + L_sum) / 2 + guidance_weight * G_sum if targets else losses["x"]
-    return losses | {"total": total}
+        L_sum, G_sum = L_sum + share * L, G_sum + share * G
+    total = (losses["x"] + L_sum) / 2 + guidance_weight * G_sum
+    return losses | {"total": total if targets else losses["x"]}
 
 # 9. Evaluation: how good is a model? Sliding window, one confusion matrix, mIoU -------------------
 def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
@@ -835,18 +833,19 @@ def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
     moved back inside. "probabilities" (Cityscapes): every stride, the last ones cut off."""
     require(mode in ("logits", "probabilities"), "mode: take logits or probabilities")
     last, starts = max(size - window, 0), list(range(0, size, stride))
-    return starts if mode == "probabilities" else [
-        min(start, last) for start in starts[:math.ceil(last / stride) + 1]]
+    if mode == "logits":
+        starts = [min(start, last) for start in starts[:math.ceil(last / stride) + 1]]
+    return starts
 
 @torch.no_grad()
 def sliding_window(model, images, window: int, stride: int, mode: str = "logits"):
     """Runs the model (images -> logits) on overlapping windows, as the ViT works best at the size
     of its training, and averages logits or probabilities. images [B, 3, H, W]; window, stride <=
-    window in pixels. Yields strips of complete rows, [B, N, rows, W]: all may exceed memory."""
+    window in pixels. Yields strips of complete rows, [B, N, rows, W]: memory may not hold all."""
     H, W = images.shape[2:]
     tops, lefts = window_starts(H, window, stride, mode), window_starts(W, window, stride, mode)
     total, count = None, images.new_zeros(H, W)
-    for top, end in zip(tops, [*tops[1:], H]):
+    for top, done in zip(tops, [*tops[1:], H]):
         for left in lefts:
             logits = model(images[..., top:top + window, left:left + window])
             if total is None:  # sum over windows; its first row is the image's row `top`
@@ -854,10 +853,10 @@ def sliding_window(model, images, window: int, stride: int, mode: str = "logits"
             scores = logits.softmax(1) if mode == "probabilities" else logits
             total[:, :, :scores.shape[2], left:left + window] += scores
             count[top:top + window, left:left + window] += 1
-        # The next windows begin at row `end`: the rows above it are complete, the others move up.
-        total[:, :, :end - top] /= count[top:end]
-        yield total[:, :, :end - top]
-        total = F.pad(total[:, :, end - top:], (0, 0, 0, end - top))
+        # Rows above `done` are complete, since no later window reaches them. The others move up.
+        total[:, :, :done - top] /= count[top:done]
+        yield total[:, :, :done - top]
+        total = F.pad(total[:, :, done - top:], (0, 0, 0, done - top))
 
 def segment(model, image: torch.Tensor, cfg: Config, device: torch.device) -> tuple:
     """The authors' test protocol: uint8 image [3, H, W] -> class numbers (uint8) and the highest
@@ -866,13 +865,13 @@ def segment(model, image: torch.Tensor, cfg: Config, device: torch.device) -> tu
     if cfg.fit:  # the short side becomes as long as the window (less, if the image is a thin strip)
         scale = min(cfg.crop / min(H, W), 8 * cfg.crop / max(H, W))
         image = VF.resize(image, scaled_size(H, W, scale), antialias=True)
-    images = image[None].to(device) / 255
     with autocast(cfg, device):
         stride = cfg.stride or 5 * cfg.crop // 6
+        images = image[None].to(device) / 255  # [1, 3, ., .]
         strips = sliding_window(model, images, cfg.crop, stride, cfg.window_mode)
         if cfg.fit:  # one strip: the whole is needed to resize it to the mask's size
             strips = [torch.cat([*strips], dim=2)]
-        labels, probabilities = [], []
+        parts = []  # pairs of label and probability, from the top
         for scores in strips:  # [1, N, ., .]
             size = (H, W) if cfg.fit else scores.shape[2:]
             # A softmax's largest value is exp(highest score - logsumexp of all). Both can be built
@@ -886,10 +885,9 @@ def segment(model, image: torch.Tensor, cfg: Config, device: torch.device) -> tu
                 label = torch.where(score > best, (index + n).byte(), label)
                 best = best.maximum(score)
                 logsumexp = logsumexp.logaddexp(some[0].logsumexp(0))
-            labels.append(label)
-            probabilities.append(best if cfg.window_mode == "probabilities" else
-                                 (best - logsumexp).exp())
-    return torch.cat(labels), torch.cat(probabilities)
+            averaged = cfg.window_mode == "probabilities"  # then scores are probabilities already
+            parts.append((label, best if averaged else (best - logsumexp).exp()))
+    return tuple(torch.cat(part) for part in zip(*parts))
 
 def confusion_matrix(prediction, target, classes: int) -> torch.Tensor:
     """Pixel counts [N, N], rows truth, columns prediction, of label maps; IGNORE is left out."""
@@ -944,14 +942,15 @@ def learning_rate(base: float, step: int, steps: int) -> float:
 def make_optimizer(student: SemiVL, cfg: Config) -> torch.optim.AdamW:
     """AdamW with two rates: the decoder starts from nothing, the ViT must stay close to CLIP.
     Weight decay is on everything that trains, norms and biases too, as in the authors' code."""
-    decoder, vit = (dict(params=[], lr=lr, base_lr=lr) for lr in (cfg.lr, cfg.vit_lr))
+    decoder = dict(params=[], lr=cfg.lr, base_lr=cfg.lr)
+    vit = dict(params=[], lr=cfg.vit_lr, base_lr=cfg.vit_lr)
     for name, p in student.named_parameters():
         if p.requires_grad:
             (decoder if name.startswith("decoder.") else vit)["params"].append(p)
     return torch.optim.AdamW([decoder, vit], weight_decay=cfg.weight_decay)
 
 def outlive_signals(_) -> None:
-    """In loader processes: signals are for the training process, which saves, then ends them."""
+    """In loader processes: signals are for the training process. It saves, then ends loaders."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgid"):  # Windows has no groups
         os.setpgid(0, 0)
@@ -984,10 +983,10 @@ def open_log(run: Path):
     return log
 
 def say_table(corner: str, rows: list[str], columns: dict, form: str) -> None:
-    """columns: title -> numbers (a tensor), one for each row."""
+    """columns: title -> numbers (a tensor), one per row. form: of numbers; titles have none."""
     wide = max(map(len, [corner, *rows])) + 2
     for name, *cells in [(corner, *columns), *zip(rows, *(c.tolist() for c in columns.values()))]:
-        say(f"{name:{wide}}" + "".join(f"{c:>16{'' if c in columns else form}}" for c in cells))
+        say(f"{name:{wide}}" + "".join(f"{c:>20{'' if c in columns else form}}" for c in cells))
 
 def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, log=None) -> None:
     """A whole run, from the settings to last.pt and the table of IoU. folder: instead of --dataset.
@@ -1016,15 +1015,14 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
     torch.manual_seed(cfg.seed)
     clip, clip_config = load_clip(cfg)
     text, names, concepts, sizes = describe_classes(
-        clip, folder.classes, cfg.decoder_text, cfg.definitions)
+        clip, folder.classes, decoder_text=cfg.decoder_text, definitions=cfg.definitions)
     student = build_model(cfg, clip.visual, text, cfg.conv_weights).to(device).train()
     del clip  # the text tower has done its work
     frozen = copy_trained(student.clip)  # CLIP before its first step, and before a run is resumed
     guidance = FrozenGuidance(frozen, concepts, sizes, cfg.guidance_conf_thresh).to(device)
     by_names = FrozenGuidance(frozen, names, [1] * len(names)).to(device)  # only to compare
     ema, optimizer = EMATeacher(student, cfg.ema), make_optimizer(student, cfg)
-    models = {"CLIP by names": by_names, "by definitions": guidance,
-              "SemiVL" if cfg.unlabelled else "labels only": ema.model}  # to be compared
+    models = {"CLIP by definitions": guidance, ("labels only", "SemiVL")[cfg.unlabelled]: ema.model}
     parallel = nn.parallel.DistributedDataParallel(student) if WORLD > 1 else student
     modules = dict(student=student, model=ema.model, optimizer=optimizer)
     state, out = dict(step=0, last=-1.0, best=-1.0), Path(cfg.out)  # last, best: validation mIoU
@@ -1085,9 +1083,10 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
         # 4. The student predicts all views of a micro-batch in one forward; losses; backward.
         losses = {}
         for c in chunks:
-            item = step * cfg.batch + RANK * len(batch["x"]) + c.start
-            torch.manual_seed(cfg.seed * STREAM + STREAM // 2 + item)  # of feature dropout
-            pixels = torch.cat([t[c] for t in images.values()]) / 255  # [views * size, ...]
+            parallel.require_backward_grad_sync = c is chunks[-1]  # DDP averages once per step
+            offset = step * cfg.batch + RANK * len(batch["x"]) + c.start
+            torch.manual_seed(cfg.seed * STREAM + STREAM // 2 + offset)  # of feature dropout
+            pixels = torch.cat([t[c] for t in images.values()]) / 255  # [len(images) * size, ...]
             with autocast(cfg, device):
                 logits = parallel(pixels, num_perturbed=size if targets else 0)  # "fp" comes last
             terms = semivl_loss(
@@ -1114,8 +1113,8 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
         line["step"] = state["step"] = step = step + 1
         line["seconds"] = time.perf_counter() - clock
         seconds.append(line["seconds"])
-        evaluated = step % math.ceil(cfg.steps / cfg.evals) == 0 or step == cfg.steps
-        if evaluated:
+        evaluate_now = step % math.ceil(cfg.steps / cfg.evals) == 0 or step == cfg.steps
+        if evaluate_now:
             state["last"] = float(evaluate(ema.model, folder, folder.val, cfg, device).nanmean())
             say(f"step {step}: loss {line['total']:.3f}, kept {line.get('kept', 0):.2f}, mIoU "
                 f"{state['last']:.1f} (validation), {np.median(seconds[1:] or seconds):.3g} s a "
@@ -1127,17 +1126,19 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
             log.write(to_json(line))
             if better:
                 save("best.pt")
-            if evaluated or stopping or step % cfg.save_every == 0:
+            if evaluate_now or stopping or step % cfg.save_every == 0:
                 save("last.pt")
-            if evaluated:
+            if evaluate_now:
                 log.write(to_json(dict(step=step, val_miou=state["last"])))
-                save_sheet(out / "sheet.png", folder, dict([*models.items()][1:]), cfg, device)
+                save_sheet(out / "sheet.png", folder, models, cfg, device)
         if stopping:
             say(f"stopped after step {step}; go on by --resume {out}")
             raise KeyboardInterrupt
         clock = time.perf_counter()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C may end the table at once
-    report(models, folder, cfg, device, out, val_last=state["last"], val_best=state["best"])
+    for number in (signal.SIGINT, signal.SIGTERM):  # the table below may be interrupted at once
+        signal.signal(number, signal.default_int_handler)
+    report({"CLIP by names": by_names} | models, folder, cfg, device, out,
+           val_last=state["last"], val_best=state["best"])
 
 def report(models: dict, folder: Folder, cfg: Config, device, out=None, **more) -> None:
     """IoU per class on the test images (or else validation), printed, and in OUT/result.json."""
@@ -1169,15 +1170,13 @@ def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
                 f"{tag} was trained with the other GELU; add or drop -quickgelu")
         if not weights:
             tag = None if ":" in name else tag
-            if tag:
-                say(f"CLIP: {name}, {tag} (fetched first, if it is not on this disk)")
             return open_clip.create_model(name, tag, require_pretrained=True), config
         clip = open_clip.CLIP(**config)
         if weights != "none":  # all of the tensors, and nothing but tensors
             # Loading TorchScript runs what is in it; OpenAI's own files are known by their SHA-256.
             digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
-            own = digest not in open_clip.get_pretrained_url(name, "openai")
-            clip.load_state_dict(open_clip.factory.load_state_dict(weights, weights_only=own))
+            foreign = digest not in open_clip.get_pretrained_url(name, "openai")
+            clip.load_state_dict(open_clip.factory.load_state_dict(weights, weights_only=foreign))
             say(f"note: {name} uses {'Quick' * quick}GELU, whatever {weights} was trained with")
     return clip, config
 
@@ -1243,7 +1242,7 @@ def load_authors_checkpoint(state_dict: dict, text: torch.Tensor, heads=None) ->
 def load_file(file, *needed: str) -> dict:
     """What torch.save wrote, with the entries `needed`, without running code that may be in it."""
     numbers = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in (
-        "core", "_core")] + [np.dtype, np.dtypes.Float64DType]  # in the authors' files
+        "core", "_core")] + [np.dtype, np.dtypes.Float64DType]  # scalars of old and new numpy
     with about(file), torch.serialization.safe_globals(numbers):
         content = torch.load(file, map_location="cpu", weights_only=True)
         require(isinstance(content, dict) and {*needed} <= {*content},
@@ -1355,7 +1354,7 @@ def main(argv=None) -> int:
     try:
         args, typed = parse_args(argv)
         allowed = {"device", "dataset", "root", "workers"}  # when a checkpoint has the settings
-        allowed |= {"out", "stride"} if args.predict else {"stride"} if args.eval else set()
+        allowed |= {"out", "stride"} if args.resume is None else set()
         wrong = [name for name in typed if name not in allowed]
         new = args.resume is args.eval is args.predict is None
         require(new or not wrong, f"not to be given here: {', '.join(wrong)}")
@@ -1373,7 +1372,8 @@ def main(argv=None) -> int:
             folder, device = open_data(cfg), pick_device(cfg.device)
             require([*folder.classes] == [*classes], f"{folder.path}: other classes")
             folder.check({"validation": folder.val, "test": folder.test})
-            report({"SemiVL": model.to(device)}, folder, cfg, device)
+            out = new_run(cfg, []) if cfg.out and RANK == 0 else None
+            report({"SemiVL": model.to(device)}, folder, cfg, device, out)
         elif args.predict:
             predict(args.predict[0], args.predict[1:], typed)
         else:
@@ -1384,7 +1384,7 @@ def main(argv=None) -> int:
         print("semivl.py: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
-        text = str(error).strip() + " beside semivl.py" * ("'data_prep'" in str(error))
+        text = str(error).strip() + (" beside semivl.py" if "'data_prep'" in str(error) else "")
         if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
             text = "out of memory: try --micro-batch 1, --recompute on, a smaller crop, or the CPU"
         elif isinstance(error, RuntimeError) and "DataLoader worker" not in text:

@@ -638,8 +638,8 @@ def test_a_run_that_is_going_on_is_not_resumed_by_another_process(whole, tmp_pat
 
 def test_json_has_no_nan_and_a_log_file_gets_lines(folder, tmp_path, monkeypatch, capsys):
     assert json.loads(semivl.to_json({"NaN": [math.nan, 1.5]})) == {"NaN": [None, 1.5]}
-    assert semivl.IN_LOG["mininterval"] <= 60
-    often = semivl.IN_LOG | dict(mininterval=0, delay=0)
+    assert semivl.LOG_FORM["mininterval"] <= 60
+    often = semivl.LOG_FORM | dict(mininterval=0, delay=0)
     monkeypatch.setattr(semivl, "progress", lambda *a, **k: semivl.tqdm(*a, **k, **often))
     assert run(folder, tmp_path / "run") == 0
     assert "train: 4 of 4\n" in capsys.readouterr().err
