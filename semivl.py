@@ -3,8 +3,8 @@ Paper: Hoyer, Tan, Naeem, Van Gool, Tombari, "SemiVL", ECCV 2024, arXiv 2311.162
 
 A few images have masks, many have none, and CLIP connects words with images. One training step:
 
-    labelled image x,        unlabelled image: a random crop
-    with its mask y          is the weak view w ---- recoloured twice -> strong views s1, s2
+    labelled image:          unlabelled image, randomly cropped:
+    x and its mask y         weak view w ----- recoloured twice ------> strong views s1, s2
           |                   |         |                                      |
           |              EMA TEACHER    |                      CutMix: a box of another image
           |              FROZEN CLIP    |                                      |
@@ -12,7 +12,7 @@ A few images have masks, many have none, and CLIP connects words with images. On
           |                   |      feature channels off (fp)                 |
         loss x                +----> loss fp                             losses s1, s2
         with y                |                                                ^
-                              +-- CutMix: the same box of that image's targets +
+                              +---- CutMix: that image's targets in the box ---+
 
 Targets are the teacher's pseudo-labels with their confidence, and the labels of frozen CLIP. The
 published method has no EMA teacher: the student makes the pseudo-labels (`--ema 0`). README.md
@@ -21,12 +21,12 @@ lists all differences. Paper: 84.0 mIoU on VOC with 92 masks, 6.1 above the best
     python semivl.py                                      the built-in toy world: minutes on a CPU
     python semivl.py --dataset FOLDER --labels 8          your own images (section 7)
     python semivl.py --dataset voc --labels 92            published data, schedule, test protocol
-    python semivl.py --resume runs/voc-92                 goes on with a run that was stopped
+    python semivl.py --resume runs/voc-92                 resumes a run that was stopped
     python semivl.py --eval runs/voc-92/last.pt           IoU per class
     python semivl.py --predict runs/voc-92/last.pt a.jpg  mask and overlay of any image
 
-Sections 2 to 6 are the networks, 7 data, 8 losses, 9 evaluation, 10 training. "It buys" in their
-openings: test mIoU on the toy world with 8 masks, mean of 5 seeds. The whole method reaches 66.5.
+Sections 2 to 6 are the networks, 7 data, 8 losses, 9 evaluation, 10 training. Their openings
+give what an idea buys: test mIoU on the toy world with 8 masks, mean of 5 seeds; all ideas: 66.5.
 Letters for shapes, in every comment: B images, N classes, K concepts, H x W image, P patch side,
 gh x gw patches (H/P, W/P rounded up), T = 1 + gh*gw tokens, D width of the ViT, E width of CLIP's
 joint space of images and text, C channels of one class's map (128). In prose x is the labelled
@@ -66,8 +66,8 @@ from tqdm import tqdm
 # 1. Settings: one flat Config, PRESETS for each data set, and the command line over both ----------
 @dataclasses.dataclass
 class Config:
-    """The options: `vit_lr` is --vit-lr, `conf_thresh` is --conf. Comments are for --help."""
-    dataset: str = "voc"  # toy (without this option), voc, coco, ade20k, cityscapes, or a FOLDER
+    """The options: `vit_lr` is --vit-lr, `conf_thresh` is --conf. --help shows the comments."""
+    dataset: str = "voc"  # toy (if not given), voc, coco, ade20k, cityscapes, or a FOLDER
     labels: int = 92  # number of labelled images; all others of train.txt are used without mask
     root: str = "data"  # folder in which the named data sets are kept
     crop: int = 512  # side of the training crop and of the test window, pixels
@@ -88,7 +88,7 @@ class Config:
     conv_weights: str = ""  # FILE of the stem's weights; none: random; '': timm's
     unlabelled: bool = True  # use the unlabelled images
     conf_thresh: float = 0.95  # lowest confidence of a pseudo-label that is used
-    weighting: Literal["pixel", "mean"] = "pixel"  # mean: all pixels, by confidence
+    weighting: Literal["pixel", "mean"] = "pixel"  # mean: all, by mean confidence
     guidance: float = 0.1  # weight of frozen CLIP's losses; falls linearly to 0
     guidance_conf_thresh: float = 0.9  # lowest probability of frozen CLIP's labels
     ema: float = 0.996  # decay of the EMA teacher; 0: the student teaches itself
@@ -117,7 +117,7 @@ class Config:
         require(self.batch % self.micro_batch == 0, "--micro-batch must divide --batch")
         require(self.stride <= self.crop, "--stride is above --crop: pixels would be left out")
 
-# What a data set changes of the defaults, which are the settings of VOC and of a FOLDER.
+# What each data set overrides. VOC and a FOLDER use the defaults.
 PRESETS = {
     "toy": dict(dataset="toy", labels=8, crop=96, fit=False, scale_min=0.8, scale_max=1.25,
                 workers=0, clip="toy", decoder_channels=32, conf_thresh=0.9, guidance=0.3,
@@ -127,7 +127,7 @@ PRESETS = {
     "ade20k": dict(labels=158, epochs=40, micro_batch=1, lr=4e-3, vit_lr=4e-7),
     "cityscapes": dict(labels=100, fit=False, crop=801, stride=534, steps=240 * 349, micro_batch=1,
                        lr=5e-4, vit_lr=5e-6, conv_skip=True, decoder_text="mean", weighting="mean",
-                       window_mode="probabilities")}  # 240 x (2975 - 186 images) / 8
+                       window_mode="probabilities")}  # steps: 240 epochs at 186 labels
 IGNORE = 255  # "no label" in every mask in memory, whatever value a folder's files have for it
 
 def require(condition, message: str) -> None:
@@ -136,7 +136,7 @@ def require(condition, message: str) -> None:
         raise ValueError(message)
 
 @contextlib.contextmanager
-def about(what):
+def blame(what):
     """Turns any error of its block into one ValueError that begins with `what`, mostly a file."""
     try:
         yield
@@ -146,10 +146,11 @@ def about(what):
 
 RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if (
     dist.is_torchelastic_launched()) else (0, 1)  # number of this process, of all (torchrun's)
-LOG_FORM = {} if sys.stderr and sys.stderr.isatty() else dict(  # lines twice a minute, no bar
-    miniters=1, mininterval=30, delay=30, bar_format="{desc}: {n_fmt} of {total_fmt}\n")
-progress = partial(tqdm, leave=bool(LOG_FORM), disable=RANK > 0 or not sys.stderr, **LOG_FORM)
-say = (lambda text: None) if RANK else print if LOG_FORM else tqdm.write  # tqdm keeps its bar whole
+TERMINAL = bool(sys.stderr) and sys.stderr.isatty()
+LINES = dict(miniters=1, mininterval=30, delay=30, bar_format="{desc}: {n_fmt} of {total_fmt}\n")
+progress = partial(tqdm, disable=RANK > 0 or not sys.stderr, leave=not TERMINAL,
+                   **{} if TERMINAL else LINES)  # a bar, or in a log file two lines a minute
+say = (lambda text: None) if RANK else tqdm.write if TERMINAL else print
 
 # 2. Language (paper: Class Definition Guidance): what is a class called, what does it look like? --
 # A class name alone can be a poor prompt: hardly any caption on the web says "background". So a
@@ -157,7 +158,7 @@ say = (lambda text: None) if RANK else print if LOG_FORM else tqdm.write  # tqdm
 # that fits best. The decoder reads one vector per class: the embedding of its name, or (Cityscapes)
 # the mean of its concepts. The decoder is trained, so a poor name costs it less.
 # On COCO and ADE20K a class's only concept is its name. Misspellings ("wolve") are as published.
-# It buys: frozen CLIP reaches 50.7 by definitions (27.1 by names), SemiVL guided by it 66.5 (59.5).
+# It buys: with definitions instead of names, frozen CLIP reaches 50.7 (27.1), SemiVL 66.5 (59.5).
 DEFINITION_TEXTS = {  # data set -> "class: concept|concept; class: ...", classes in their order
     "voc": """background: background|bed|building|cabinet|ceiling|curtain|door|fence|floor|grass|
 ground|mountain|road|rock|shelves|sidewalk|sky|snow|tree|wall|water|window|hang glider|helicopter|
@@ -184,9 +185,9 @@ DEFINITIONS = {dataset: {name: words.split("|") for name, _, words in (
     for dataset, text in DEFINITION_TEXTS.items()}
 
 @torch.no_grad()
-def encode_text(clip: open_clip.CLIP, names: list[str]) -> torch.Tensor:
-    """Names -> CLIP's text embeddings of "a photo of a NAME", [len(names), E], not normalised."""
-    tokens = open_clip.tokenize([f"a photo of a {name}" for name in names], clip.context_length)
+def encode_text(clip: open_clip.CLIP, words: list[str]) -> torch.Tensor:
+    """Words -> CLIP's text embeddings of "a photo of a WORD", [len(words), E], not normalised."""
+    tokens = open_clip.tokenize([f"a photo of a {word}" for word in words], clip.context_length)
     return clip.eval().encode_text(tokens.to(clip.token_embedding.weight.device)).float()
 
 def describe_classes(clip, classes: dict[str, list], *, decoder_text="names", definitions=True):
@@ -203,16 +204,12 @@ def describe_classes(clip, classes: dict[str, list], *, decoder_text="names", de
 # 3. Dense CLIP (paper: Vision-Language Pre-training): how do we get an embedding for every patch? -
 # CLIP's image embedding is read from the class token. In the last block its attention takes a
 # weighted mean of all tokens' VALUE vectors, and that mean is what training has aligned with text.
-# So a single patch's own value vector, sent through the rest of the block, lies close to the text
-# of what the patch shows. This is the "value path" (MaskCLIP, Zhou et al., ECCV 2022): it replaces
+# MaskCLIP (Zhou et al., ECCV 2022) found that a single patch's own value vector, sent through the
+# rest of the block, then lies close to the text of what the patch shows. This "value path" replaces
 # attention by the token's own value. We lose the context that this one block would have added.
-# The decoder also needs to know where things end. Two skip maps of early blocks tell it: there, a
-# patch still describes its own pixels. The authors take value paths for them, too, and give no
-# reason; a plausible one: attention would mix in even more of what other places show.
-# (ImageNet's colour statistics are for the ResNet of `conv_skip`, else for CLIP if `authors_clip`.)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-torch.backends.mha.set_fastpath_enabled(False)  # TransformerEncoderLayer's fast path is slower
-
+# The decoder also needs to know where things end. Two skip maps of early blocks (shallow: block 0,
+# deep: 4 of 12) tell it: a patch still describes its own pixels there. The authors take value paths
+# for them, too, without a reason; a plausible one: attention would mix in even more other places.
 class LeanQuickGELU(nn.Module):
     """x sigmoid(1.702 x), as silu(1.702 x) / 1.702: the backward pass keeps one tensor, not two."""
     def forward(self, x):
@@ -236,7 +233,7 @@ def resize_position(position: torch.Tensor, old: tuple, new: tuple) -> torch.Ten
 
 class DenseCLIP(nn.Module):
     """The visual tower of a plain open_clip ViT (else ValueError), as an encoder of patches.
-    visual: `open_clip.create_model(...).visual`; it is changed, so build only one on it. grid: (gh,
+    visual: `open_clip.create_model(...).visual`; modified in place, so use it once. grid: (gh,
     gw) to which the position embedding is resized once; other image sizes interpolate from that.
     authors: exact GELU and LayerNorm eps 1e-6, as in the authors' code and for their weights;
     OpenAI's CLIP has QuickGELU and 1e-5. mean, std: of image colours, by default CLIP's."""
@@ -288,17 +285,17 @@ class DenseCLIP(nn.Module):
 # CLIP has learned from whole images, so it is poor at saying where things are. Attention and the
 # position embedding decide that, so they train; all else is frozen, above all the MLPs, which are
 # thought to store what CLIP knows.
-# It buys: nothing on the toy world (66.5; all trained 66.8, nothing 66.0), whose runs are short.
+# It buys nothing on the toy world, whose runs are short: 66.5; training all gives 66.8, none 66.0.
 def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
     """Sets what trains in the ViT: "spatial" (29.1 of 86.8 million parameters of ViT-B/16 at crop
-    512), "all" or "none". To be called before `make_optimizer` and `copy_trained`."""
+    512), "all" or "none". To be called before `make_optimizer` and `frozen_copy`."""
     require(mode in ("spatial", "all", "none"), f"mode {mode!r}: take spatial, all or none")
     for name, tensor in clip.named_parameters():
         spatial = ".attn." in name or name.endswith("positional_embedding")
         tensor.requires_grad_(mode == "all" or (mode == "spatial" and spatial))
     return clip
 
-def copy_trained(module: nn.Module) -> nn.Module:
+def frozen_copy(module: nn.Module) -> nn.Module:
     """A copy that gets no gradients. It copies the parameters that train and shares all others, two
     thirds of the ViT. If one of those were trained later, the copy would change, too."""
     shared = {id(p): p for p in module.parameters() if not p.requires_grad}
@@ -310,25 +307,26 @@ def copy_trained(module: nn.Module) -> nn.Module:
 # decoder's batch has B*N items, one per image and class: a map of one channel, the similarity of
 # every patch to the class's text. The same weights clean up the map of any class, so they learn
 # from all classes and work for any number of them. The price is N times the convolutions.
-# It buys: without guidance 62.7 (DeepLabV3+: 42.0), in the whole method 66.5 (DeepLabV3+: 60.9).
+# It buys: 66.5 instead of DeepLabV3+'s 60.9; without frozen CLIP's losses 62.7 instead of 42.0.
 #     dense [B, E, gh, gw], text [N, E]
 #     -> cosine_maps               [B, N, gh, gw]
 #     -> spatial reasoning         [B, N, C, gh, gw]     within each class: 7 x 7 conv, ASPP
 #     -> semantic reasoning, twice [B, N, C, gh, gw]     across classes, at each place
 #     -> two UpStages, with skips  [B, N, C/4, 4gh, 4gw] within each class
 #     -> head                      [B, N, 4gh, 4gw]      logits
-MAPS_AT_ONCE = 64  # `by_classes` runs at most so many of the B*N maps at a time, to save memory
+torch.backends.mha.set_fastpath_enabled(False)  # of SemanticReasoning's layer: measured slower
+MAPS_AT_ONCE = 64  # `by_classes` runs at most this many of the B*N maps at a time, to save memory
 
 def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """Cosine similarity of places and texts: dense [B, E, gh, gw], text [N, E] -> [B, N, gh, gw].
     Normalises both (feature dropout has changed lengths), in float32 even under autocast: bf16
-    rounds a cosine to about 0.002, which guidance would turn into 0.2 of a logit."""
+    rounds a cosine by about 0.002, which guidance would turn into 0.2 of a logit."""
     with torch.autocast(dense.device.type, enabled=False):
         dense, text = F.normalize(dense.float(), dim=1), F.normalize(text.float(), dim=1)
         return torch.einsum("behw,ne->bnhw", dense, text)
 
 def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=None) -> nn.Sequential:
-    """Convolution that keeps the size, norm, ReLU. Default: GroupNorm, 16 channels a group."""
+    """Convolution that keeps the size, norm, ReLU. Default: GroupNorm, 16 channels per group."""
     norm = norm(c_out) if norm else nn.GroupNorm(math.gcd(max(1, c_out // 16), c_out), c_out)
     padding = dilation * (kernel // 2)
     conv = nn.Conv2d(c_in, c_out, kernel, padding=padding, dilation=dilation, bias=False)
@@ -337,7 +335,7 @@ def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=None) -> nn.Sequential:
 
 def conv_by_parts(conv: nn.Conv2d, parts: list[torch.Tensor]) -> list[torch.Tensor]:
     """Tensors whose sum is conv(torch.cat(parts, dim=1)), if conv has no bias, stride or dilation.
-    A part that all classes share (or all places, if the kernel is 1 x 1) is convolved only once."""
+    What all classes share (for 1 x 1 kernels: all places) is convolved once; the sum broadcasts."""
     weights = conv.weight.split([part.shape[1] for part in parts], dim=1)
     return [F.conv2d(part, w, padding=conv.padding) for part, w in zip(parts, weights)]
 
@@ -357,7 +355,7 @@ class ASPP(nn.Module):
 
 class SemanticReasoning(nn.Module):
     """Classes against each other: a transformer layer whose sequence is the N classes at a place.
-    x [B, N, C, gh, gw], projected text [N, C] -> as x. Where "road" is sure, "boat" is unlikely.
+    x [B, N, C, gh, gw], projected text [N, C] -> same shape. Where "cat" is sure, "boat" is not.
     The text tells the layer which class a sequence item is; no weight belongs to one class."""
     def __init__(self, C: int):
         super().__init__()
@@ -365,8 +363,8 @@ class SemanticReasoning(nn.Module):
             activation="gelu", norm_first=True, batch_first=True)
     def forward(self, x, text):
         B, N, C, gh, gw = x.shape
-        # Attention between classes needs no fine grid, so it runs on means over 4 x 4 patches, ph x
-        # pw of them: gh // 4 and gw // 4, at least 1; a remainder at the edge is left out.
+        # Attention between classes needs no fine grid, it runs on means of 4 x 4 patches, ph x pw
+        # of them: gh // 4 and gw // 4, at least 1. Leftover patches at the edge are dropped.
         pooled = F.avg_pool2d(x.flatten(0, 1), (min(4, gh), min(4, gw)))  # [B*N, C, ph, pw]
         tokens = pooled.unflatten(0, (B, N)).permute(0, 3, 4, 1, 2).flatten(0, 2)  # [B*ph*pw, N, C]
         text = text.expand(len(tokens), -1, -1)  # [B*ph*pw, N, C]
@@ -374,7 +372,7 @@ class SemanticReasoning(nn.Module):
         tokens = self.layer(torch.cat([tokens, text], dim=2))[..., :C]  # [B*ph*pw, N, C]
         pooled = tokens.unflatten(0, (B, *pooled.shape[2:])).permute(0, 3, 4, 1, 2)  # [B,N,C,ph,pw]
         refined = F.interpolate(pooled.flatten(0, 1), (gh, gw), mode="bilinear", align_corners=True)
-        return x + refined.unflatten(0, (B, N))  # the layer kept pooled x, too: as the authors do
+        return x + refined.unflatten(0, (B, N))  # residual here and in the layer: as the authors
 
 class UpStage(nn.Module):
     """Doubles the resolution and adds detail from a skip map, which all classes share:
@@ -394,7 +392,7 @@ class UpStage(nn.Module):
 class LanguageGuidedDecoder(nn.Module):
     """Similarity maps -> spatial reasoning -> semantic reasoning -> upsampling.
     embed_dim: E. shallow_dim, deep_dim: channels of the skips. channels: C, ValueError unless it is
-    a multiple of 8. shallow_width: of the projected shallow skip, by default C/8. recompute: less
+    a multiple of 8. shallow_width: channels of the projected one, by default C/8. recompute: less
     memory, more time in training (see `by_classes`)."""
     def __init__(self, embed_dim, shallow_dim, deep_dim, channels=128, shallow_width=None,
                  recompute=False):
@@ -424,8 +422,8 @@ class LanguageGuidedDecoder(nn.Module):
         maps = self.up2(self.up1(x.flatten(0, 1), deep), shallow)  # [B*N, C/4, 4gh, 4gw]
         return self.head(maps).view(*x.shape[:2], *maps.shape[2:])
     def by_classes(self, function, x, *shared):
-        """function(x, *shared) on a few classes of x [B, N, ...] at a time. Its memory hardly grows
-        with N then: in evaluation always, in training if `recompute` (backward repeats forward)."""
+        """function(x, *shared) on a few classes of x [B, N, ...] at a time, so memory hardly grows
+        with N: always in evaluation, in training if `recompute` (backward repeats each forward)."""
         if self.recompute and torch.is_grad_enabled():
             function = partial(torch.utils.checkpoint.checkpoint, function, use_reentrant=False)
         parts = x.split(max(1, MAPS_AT_ONCE // len(x)), dim=1)
@@ -454,7 +452,7 @@ class VisionDecoder(nn.Module):
 # 6. Three networks: student, frozen CLIP (paper: Dense CLIP Guidance), EMA teacher ----------------
 # Who tells the student what to say where there is no mask? The teacher gets better, but it learns
 # from the student, so it can confirm the student's mistakes. Frozen CLIP is coarse, but constant.
-# They buy: guidance 3.8 (66.5; 62.7 without it), the EMA teacher nothing (66.5 without it).
+# They buy: guidance 3.8 (62.7 without it); the EMA teacher, taken from UniMatch V2, nothing here.
 class SemiVL(nn.Module):
     """Images -> logits: dense CLIP, an optional convolutional skip, a decoder.
     text: [N, E], one embedding a class. conv: images -> list whose last map [B, 256, H/4, W/4]
@@ -474,12 +472,12 @@ class SemiVL(nn.Module):
             dense, shallow, deep = (torch.cat([f[:n], F.dropout2d(f[n:], 0.5)])
                                     for f in (dense, shallow, deep))
         logits = self.decoder(dense, (shallow, deep), self.text)  # [B, N, 4gh, 4gw]
-        # Logits of a padded image are resized to H x W, not cropped, as in the authors' code.
+        # If patches stick out of the image, logits are squeezed to H x W, not cut: as the authors'.
         return F.interpolate(logits.float(), images.shape[2:], mode="bilinear", align_corners=False)
 
 class FrozenGuidance(nn.Module):
     """CLIP as it was before SemiVL's first step, as a zero-shot classifier of pixels.
-    clip: `copy_trained(student.clip)`; student.clip itself would drift. concepts: [K, E] of text,
+    clip: `frozen_copy(student.clip)`; student.clip itself would drift. concepts: [K, E] of text,
     class after class. sizes: concepts per class. conf_thresh: labels below it become IGNORE."""
     def __init__(self, clip: DenseCLIP, concepts, sizes: list[int], conf_thresh: float = 0.9):
         super().__init__()
@@ -500,11 +498,11 @@ class FrozenGuidance(nn.Module):
         return label.masked_fill(confidence < self.conf_thresh, IGNORE)
 
 class EMATeacher:
-    """Mean teacher: `model`, an exponential moving average of the student, makes pseudo-labels.
+    """Mean teacher: `model` is an exponential moving average of the student; it labels weak views.
     Averaging smooths out the mistakes of single steps. The average is also what is evaluated and
     saved, as in UniMatch V2. With decay 0 it equals the student, as in the authors' code."""
     def __init__(self, student: nn.Module, decay: float = 0.996):
-        self.model, self.decay = copy_trained(student), decay
+        self.model, self.decay = frozen_copy(student), decay
     @torch.no_grad()
     def update(self, student: nn.Module, step: int) -> None:
         """teacher = decay * teacher + (1 - decay) * student, after optimiser step `step` (from 0).
@@ -521,15 +519,14 @@ class EMATeacher:
 #     FOLDER/dataset.json        {"classes": ["sky", "car"], "definitions": {"car": ["car", "van"]},
 #                                 "ignore_index": 255}; the last two are optional
 #     FOLDER/splits/train.txt    one image per line: "IMAGE MASK", or "IMAGE" if it has no mask
-#     FOLDER/splits/val.txt      "IMAGE MASK"; optional: test.txt, and 8/labeled.txt for --labels 8
+#     FOLDER/splits/val.txt      "IMAGE MASK". Optional: test.txt; 8/labeled.txt, for --labels 8
 # Masks hold class numbers, 0 for the first of "classes". If they hold colours or other numbers,
 # dataset.json lists those: "colors": {"sky": [70, 130, 180], "car": [0, 0, 142]}, or {"sky": 0,
-# "car": 255}. "ignore_index" is then a colour or number, too; without it every pixel has a class.
+# "car": 255}. "ignore_index" is then a colour or number, too, and by default none.
 def read_image(file: Path) -> torch.Tensor:
     """Any image file -> uint8 RGB [3, H, W], turned upright as its EXIF orientation says."""
-    with about(file), Image.open(file) as image:
-        # PIL clips 16 bits to 8: nearly all pixels would be white.
-        require(image.mode[0] not in "IF", f"an image of mode {image.mode}; save it with 8 bits")
+    with blame(file), Image.open(file) as image:
+        require(image.mode[0] not in "IF", f"mode {image.mode}; save it with 8 bits")  # PIL clips
         image.load()  # pixels that are damaged raise an error here, and PIL may raise it only once
         with contextlib.suppress(Exception):  # damaged EXIF data: the image stays as it is stored
             image = ImageOps.exif_transpose(image)
@@ -538,7 +535,7 @@ def read_image(file: Path) -> torch.Tensor:
 def read_mask(file: Path, values: dict[int, int], colours: bool = False) -> torch.Tensor:
     """PNG, BMP or TIFF -> uint8 [H, W]. values: pixel (with `colours` 65536 r + 256 g + b) -> class
     number or IGNORE. ValueError for other pixels, and for a format that may have changed them."""
-    with about(file), Image.open(file) as image:
+    with blame(file), Image.open(file) as image:
         # PIL changes values of 2 or 4 bits and 16-bit colour; repr(tile) then has "L;4", "RGB;16B".
         lossy = re.search("[ABLR];|jpeg", f"{image.tile} {image.info.get('compression')}")
         modes = ("P", "L", "RGB", "RGBA") if colours else ("P", "L", "I", "I;16")
@@ -558,7 +555,7 @@ def read_mask(file: Path, values: dict[int, int], colours: bool = False) -> torc
 def read_list(folder: Path, name: str, need_mask: bool) -> list[tuple]:
     """Lines of FOLDER/splits/NAME -> entries, with one spelling for each path of an image."""
     entries = []
-    with about(file := folder / "splits" / name):  # utf-8-sig: some editors put a mark in front
+    with blame(file := folder / "splits" / name):  # utf-8-sig: some editors put a mark in front
         text = file.read_text("utf-8-sig").replace("\\", "/")
         for line in filter(str.strip, text.splitlines()):
             words = [word.strip() for word in line.split("\t")] if "\t" in line else line.split()
@@ -584,8 +581,8 @@ class Folder:  # a data set on disk
     def mask(self, entry: tuple) -> torch.Tensor:
         return read_mask(self.path / entry[1], self.values, self.colours)
     def check(self, lists: dict[str, list]) -> None:
-        """Opens all that will be used, before it is; lists: title -> entries. Prints the pixels of
-        each class, and what looks like a mistake. Raises ValueError with up to 20 problems."""
+        """Opens every file that will be used; lists: title -> entries. Prints the pixels of each
+        class, and what looks like a mistake. Raises ValueError with up to 20 problems."""
         problems, pixels, titles_of = [], {}, {}
         turned, N = 0, len(self.classes)
         for title, entry in progress([(t, e) for t in lists for e in lists[t]], "check"):
@@ -627,7 +624,7 @@ def open_data(cfg: Config) -> Folder:
         import data_prep
         data_prep.prepare(cfg.dataset, cfg.root)
     number = lambda v: int.from_bytes(bytes(v), "big") if isinstance(v, list) else v  # noqa: E731
-    with about(f"{path}/dataset.json (of the folder that --dataset names)"):
+    with blame(f"{path}/dataset.json (of the folder that --dataset names)"):
         content = dict(classes=None, definitions={}, colors={})
         content |= json.loads((path / "dataset.json").read_text("utf-8-sig"))
         names, colors = content["classes"], content["colors"]
@@ -659,10 +656,10 @@ def draw_labelled(folder: Folder, count: int, seed: int) -> list[tuple]:
         return read_list(folder.path, f"{count}/labeled.txt", True)
     with_mask = [*dict(entry for entry in folder.train if entry[1]).items()]  # each image once
     require(count <= len(with_mask), f"--labels {count}: only {len(with_mask)} images have masks")
-    shown = lru_cache(None)(lambda i: {*folder.mask(with_mask[i]).unique().tolist()} - {IGNORE})
+    classes = lru_cache(None)(lambda i: {*folder.mask(with_mask[i]).unique().tolist()} - {IGNORE})
     rng = np.random.default_rng(seed)
     draws = [rng.choice(len(with_mask), count, replace=False).tolist() for _ in range(100)]
-    best = max(progress(draws, "look at masks"), key=lambda d: len(set().union(*map(shown, d))))
+    best = max(progress(draws, "look at masks"), key=lambda d: len(set().union(*map(classes, d))))
     return [with_mask[i] for i in best]
 
 def scaled_size(height: int, width: int, scale: float) -> list[int]:
@@ -672,7 +669,7 @@ def scaled_size(height: int, width: int, scale: float) -> list[int]:
 def random_size(height: int, width: int, cfg: Config) -> list[int]:
     """A random [height, width] of the same aspect. With `fit` and r uniform in [scale_min,
     scale_max]: long side at most 4 * crop * r, short side at most crop * r (in the paper 2048 r and
-    512 r: 500 x 375 becomes 683 x 512 at r = 1). Without: long side uniform in range * long."""
+    512 r: 500 x 375 becomes 683 x 512 at r = 1). Without: long side times a uniform factor."""
     long, short = max(height, width), min(height, width)
     if cfg.fit:
         r = float(torch.empty(()).uniform_(cfg.scale_min, cfg.scale_max))
@@ -686,7 +683,7 @@ def scale_crop_flip(image: torch.Tensor, mask: torch.Tensor, cfg: Config):
     the flip a small image is padded at the right and bottom: black, IGNORE in the mask."""
     crop, size = cfg.crop, random_size(*mask.shape, cfg)
     image = VF.resize(image, size, antialias=True)
-    # Half a pixel apart: NEAREST is cv2's (theirs with `fit`), NEAREST_EXACT PIL's (without).
+    # Half a pixel apart. The authors use cv2's nearest (NEAREST) with `fit`, PIL's without.
     nearest = v2.InterpolationMode.NEAREST if cfg.fit else v2.InterpolationMode.NEAREST_EXACT
     mask = VF.resize(mask[None], size, interpolation=nearest)
     pad = [0, 0, max(crop - size[1], 0), max(crop - size[0], 0)]  # left, top, right, bottom
@@ -716,13 +713,12 @@ def cutmix_box(size: int) -> torch.Tensor:
         if left + width <= size and top + height <= size:
             return torch.tensor([top, left, top + height, left + width])
 
-STREAM = 10**9  # torch's seeds: seed * STREAM + i augments item i, + STREAM // 2 is for dropout
+STREAM = 10**9  # seed * STREAM + i seeds item i's augmentation; STREAM // 2 more, its dropout
 
 class TrainingSet(Dataset):
-    """Item i of a run, counted over all epochs: a labelled and an unlabelled image, as x, w, s1, s2
-    uint8 [3, crop, crop]; y uint8, padding bool [crop, crop]; s1_box, s2_box int64 [4]; files, a
-    string (without unlabelled entries only x, y, files). It depends on (seed, i) alone, so a run is
-    the same with any number of workers, and a resumed run goes on as it would have."""
+    """Item i of a run, counted over epochs: x, w, s1, s2 uint8 [3, crop, crop]; y uint8, padding
+    bool [crop, crop]; s1_box, s2_box int64 [4]; files, a string. It depends on (seed, i) alone, so
+    a run is the same with any number of workers, and a resumed run goes on as it would have."""
     def __init__(self, folder: Folder, labelled: list, unlabelled: list, cfg: Config):
         self.folder, self.labelled, self.unlabelled, self.cfg = folder, labelled, unlabelled, cfg
         self.views = dict(STRONG_VIEWS)
@@ -741,7 +737,7 @@ class TrainingSet(Dataset):
             if self.unlabelled:
                 entry = self.pick(self.unlabelled, i)
                 image = folder.image(entry)
-                marker = torch.zeros(image.shape[1:], dtype=torch.uint8)
+                marker = torch.zeros(image.shape[1:], dtype=torch.uint8)  # a mask without IGNORE
                 w, marker = scale_crop_flip(image, marker, cfg)  # IGNORE where w is padded
                 item |= dict(w=w, padding=marker == IGNORE, files=f"{item['files']} {entry[0]}")
                 item |= {name: view(w) for name, view in self.views.items()}
@@ -755,11 +751,11 @@ class TrainingSet(Dataset):
 # L_s2, 1/4 for L_fp, lambda/4 each for G_s1 and G_s2, lambda/2 for G_fp.
 # L_x: cross-entropy with the mask. L_s, L_fp: with the teacher's pseudo-labels. G_s, G_fp: with the
 # labels of frozen CLIP. The mask of an image does not depend on its colours. So the teacher labels
-# the weak view w, and the student has to predict the same for strong views (s1, s2: recoloured,
-# with a box of another image) and for w with half of its feature channels off (fp: feature
-# perturbation). The trap is confirmation bias: wrong pseudo-labels are learned, too, and come back
-# more confident. So only confident ones count, and frozen CLIP, which stays as it is, adds labels.
-# Their borders are coarse, so lambda falls. Alone it costs 6.4 (48.4, then 42.0, by DeepLabV3+).
+# the weak view w, and the student has to predict the same for strong views (s1, s2: recoloured; a
+# box of another image brings its labels along) and for w with half of its feature channels off (fp:
+# feature perturbation). The trap is confirmation bias: wrong pseudo-labels are learned and come
+# back more confident. So only confident ones count, and frozen CLIP, which cannot learn them, adds
+# labels; as their borders are coarse, lambda falls. Consistency alone costs DeepLabV3+ 6.4 (42.0).
 class Targets(NamedTuple):
     """The targets of unlabelled images, per pixel, and where they count; all [B, H, W]."""
     label: torch.Tensor  # int64, the teacher's pseudo-label
@@ -792,8 +788,8 @@ def supervised_loss(logits, y):
     return loss / (y != IGNORE).sum().clamp(min=1)  # 0 if no pixel is known
 
 def consistency_loss(logits, label, confidence, padding, conf_thresh=0.95, weighting="pixel"):
-    """Cross-entropy with pseudo-labels: weighted sum over pixels that are no padding / number of
-    these pixels (not / sum of weights, so an image with few confident pixels counts less).
+    """Cross-entropy with pseudo-labels: sum of weight * loss over non-padding pixels, divided by
+    their number (not by the weights' sum, so an image with few confident pixels counts less).
     logits [B, N, H, W]; label (int64), confidence, padding (bool) [B, H, W]. Weights: "pixel", 1 if
     its confidence reaches conf_thresh, else 0; "mean", the mean confidence of its image."""
     require(weighting in ("pixel", "mean"), "weighting: take pixel or mean")
@@ -813,7 +809,7 @@ def guidance_loss(logits, clip_label):
 
 def semivl_loss(logits: dict, y, targets: dict, guidance_weight: float, conf_thresh: float = 0.95,
                 weighting: str = "pixel") -> dict:
-    """The formula above, as scalars: "x", each view's "VIEW" and "guidance_VIEW", and "total".
+    """The formula above, as scalars: "x"; for each view "s1", "guidance_s1", ...; "total".
     logits: {"x": ..., "s1": ..., "s2": ..., "fp": ...}, [B, N, H, W] each. y: masks of x, int64 [B,
     H, W]. targets: each view's Targets, without x; {}: total is L_x. guidance_weight: lambda."""
     losses = {"x": supervised_loss(logits["x"], y)}
@@ -829,13 +825,13 @@ def semivl_loss(logits: dict, y, targets: dict, guidance_weight: float, conf_thr
 
 # 9. Evaluation: how good is a model? Sliding window, one confusion matrix, mIoU -------------------
 def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
-    """Where windows start along a side of `size` pixels. "logits": every stride, the last window
-    moved back inside. "probabilities" (Cityscapes): every stride, the last ones cut off."""
+    """Where windows start along a side of `size` pixels. "logits": one per stride, the last one
+    moved back inside. "probabilities" (Cityscapes): one per stride, the last ones cut short."""
     require(mode in ("logits", "probabilities"), "mode: take logits or probabilities")
-    last, starts = max(size - window, 0), list(range(0, size, stride))
-    if mode == "logits":
-        starts = [min(start, last) for start in starts[:math.ceil(last / stride) + 1]]
-    return starts
+    if mode == "probabilities":
+        return list(range(0, size, stride))
+    last = max(size - window, 0)
+    return [min(i * stride, last) for i in range(math.ceil(last / stride) + 1)]
 
 @torch.no_grad()
 def sliding_window(model, images, window: int, stride: int, mode: str = "logits"):
@@ -845,7 +841,7 @@ def sliding_window(model, images, window: int, stride: int, mode: str = "logits"
     H, W = images.shape[2:]
     tops, lefts = window_starts(H, window, stride, mode), window_starts(W, window, stride, mode)
     total, count = None, images.new_zeros(H, W)
-    for top, done in zip(tops, [*tops[1:], H]):
+    for top, next_top in zip(tops, [*tops[1:], H]):
         for left in lefts:
             logits = model(images[..., top:top + window, left:left + window])
             if total is None:  # sum over windows; its first row is the image's row `top`
@@ -853,10 +849,10 @@ def sliding_window(model, images, window: int, stride: int, mode: str = "logits"
             scores = logits.softmax(1) if mode == "probabilities" else logits
             total[:, :, :scores.shape[2], left:left + window] += scores
             count[top:top + window, left:left + window] += 1
-        # Rows above `done` are complete, since no later window reaches them. The others move up.
-        total[:, :, :done - top] /= count[top:done]
-        yield total[:, :, :done - top]
-        total = F.pad(total[:, :, done - top:], (0, 0, 0, done - top))
+        # Rows top to next_top are complete: no later window reaches them. The others move up.
+        total[:, :, :next_top - top] /= count[top:next_top]
+        yield total[:, :, :next_top - top]
+        total = F.pad(total[:, :, next_top - top:], (0, 0, 0, next_top - top))
 
 def segment(model, image: torch.Tensor, cfg: Config, device: torch.device) -> tuple:
     """The authors' test protocol: uint8 image [3, H, W] -> class numbers (uint8) and the highest
@@ -919,7 +915,7 @@ def sum_over_processes(numbers: torch.Tensor) -> torch.Tensor:
 
 def pick_device(name: str) -> torch.device:
     """For "auto" what torch finds (CUDA, MPS), else the CPU. Joins the other processes, if any."""
-    with about(f"--device {name}"):
+    with blame(f"--device {name}"):
         found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         device = torch.device(found if name == "auto" else name)
         if WORLD > 1 and device.type == "cuda":
@@ -949,7 +945,7 @@ def make_optimizer(student: SemiVL, cfg: Config) -> torch.optim.AdamW:
             (decoder if name.startswith("decoder.") else vit)["params"].append(p)
     return torch.optim.AdamW([decoder, vit], weight_decay=cfg.weight_decay)
 
-def outlive_signals(_) -> None:
+def ignore_signals(_) -> None:
     """In loader processes: signals are for the training process. It saves, then ends loaders."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgid"):  # Windows has no groups
@@ -983,10 +979,11 @@ def open_log(run: Path):
     return log
 
 def say_table(corner: str, rows: list[str], columns: dict, form: str) -> None:
-    """columns: title -> numbers (a tensor), one per row. form: of numbers; titles have none."""
+    """columns: title -> numbers (a tensor), one per row. form: of a number."""
     wide = max(map(len, [corner, *rows])) + 2
     for name, *cells in [(corner, *columns), *zip(rows, *(c.tolist() for c in columns.values()))]:
-        say(f"{name:{wide}}" + "".join(f"{c:>20{'' if c in columns else form}}" for c in cells))
+        say(f"{name:{wide}}" + "".join(
+            f"{cell:>20}" if isinstance(cell, str) else f"{cell:>20{form}}" for cell in cells))
 
 def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, log=None) -> None:
     """A whole run, from the settings to last.pt and the table of IoU. folder: instead of --dataset.
@@ -1018,7 +1015,7 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
         clip, folder.classes, decoder_text=cfg.decoder_text, definitions=cfg.definitions)
     student = build_model(cfg, clip.visual, text, cfg.conv_weights).to(device).train()
     del clip  # the text tower has done its work
-    frozen = copy_trained(student.clip)  # CLIP before its first step, and before a run is resumed
+    frozen = frozen_copy(student.clip)  # before training, and before a checkpoint is loaded
     guidance = FrozenGuidance(frozen, concepts, sizes, cfg.guidance_conf_thresh).to(device)
     by_names = FrozenGuidance(frozen, names, [1] * len(names)).to(device)  # only to compare
     ema, optimizer = EMATeacher(student, cfg.ema), make_optimizer(student, cfg)
@@ -1028,7 +1025,7 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
     state, out = dict(step=0, last=-1.0, best=-1.0), Path(cfg.out)  # last, best: validation mIoU
     if saved:
         state = {key: saved[key] for key in state}
-        with about(f"{cfg.out}/last.pt"):
+        with blame(f"{cfg.out}/last.pt"):
             for name, module in modules.items():
                 module.load_state_dict(saved[name])
     elif RANK == 0:
@@ -1038,7 +1035,7 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
                    if key == "model" or name == "last.pt"}  # torch.save writes shared tensors once
         content |= dict(state, config=dataclasses.asdict(cfg), classes=folder.classes,
                         clip=clip_config, labelled=labelled, digest=digest)
-        with about(f"{out / name} (make room; what was saved before is whole)"):
+        with blame(f"{out / name} (make room; what was saved before is whole)"):
             torch.save(content, out / "new.tmp")
             (out / "new.tmp").replace(out / name)
     say(f"{len(labelled)} labelled, {len(unlabelled)} unlabelled, {len(folder.val)} validation, "
@@ -1050,8 +1047,8 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
     data = TrainingSet(folder, labelled, unlabelled if cfg.unlabelled else [], cfg)
     loader = DataLoader(
         data, cfg.batch // WORLD, num_workers=min(cfg.workers, os.cpu_count() or 1),
-        sampler=range(state["step"] * cfg.batch + RANK, cfg.steps * cfg.batch, WORLD),
-        pin_memory=cuda, worker_init_fn=outlive_signals)
+        sampler=range(state["step"] * cfg.batch + RANK, cfg.steps * cfg.batch, WORLD),  # items
+        pin_memory=cuda, worker_init_fn=ignore_signals)
     stop, seconds, clock = [], [], time.perf_counter()
     def on_signal(number, _):
         stop.append(number)
@@ -1069,17 +1066,17 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
         # 3. Teacher and frozen CLIP label the weak views. CutMix changes images and targets alike;
         # partners are the batch in reverse order (the middle image of an odd one is not mixed).
         images, targets = {"x": batch["x"]}, {}  # view -> its images, and its targets
-        size = math.gcd(cfg.micro_batch, len(batch["x"]))  # divides this process's share of --batch
+        size = math.gcd(cfg.micro_batch, len(batch["x"]))  # of a chunk: it has to divide the share
         chunks = [slice(i, i + size) for i in range(0, len(batch["x"]), size)]
         if cfg.unlabelled:
             with autocast(cfg, device):
-                own = [make_targets(ema.model, guidance if cfg.guidance else None, w / 255, p)
-                       for w, p in zip(batch["w"].split(size), batch["padding"].split(size))]
-            own = Targets(*map(torch.cat, zip(*own)))  # [batch, H, W] each
+                parts = [make_targets(ema.model, guidance if cfg.guidance else None, w / 255, p)
+                         for w, p in zip(batch["w"].split(size), batch["padding"].split(size))]
+            own = Targets(*map(torch.cat, zip(*parts)))  # [batch, H, W] each
             for view in data.views:
                 paste = lambda t: cutmix(t, t.flip(0), batch[f"{view}_box"])  # noqa: E731
                 images[view], targets[view] = paste(batch[view]), own.map(paste)
-            images["fp"], targets["fp"] = batch["w"], own  # stays the last entry: see paragraph 4
+            images["fp"], targets["fp"] = batch["w"], own  # last: so it is perturbed below
         # 4. The student predicts all views of a micro-batch in one forward; losses; backward.
         losses = {}
         for c in chunks:
@@ -1159,7 +1156,7 @@ def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
     if name == "toy":
         import data_prep
         name = name if weights else f"local-dir:{data_prep.prepare('toy', cfg.root)}"
-    with about(f"--clip {name}, {weights or tag} (or give --clip-weights FILE, or none)"):
+    with blame(f"--clip {name}, {weights or tag} (or give --clip-weights FILE, or none)"):
         config = data_prep.CLIP_CONFIGS[name] if name == "toy" else (
             open_clip.get_model_config(name) or {"vision_cfg": {}})
         quick, known = config.get("quick_gelu", False), open_clip.get_pretrained_cfg(name, tag)
@@ -1180,10 +1177,13 @@ def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
             say(f"note: {name} uses {'Quick' * quick}GELU, whatever {weights} was trained with")
     return clip, config
 
+# For the ResNet of `conv_skip`, or else for CLIP if `authors_clip`.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 def resnet_stem(weights: str) -> nn.Module:
     """Start of timm's resnet101c: images [B, 3, H, W] in [0, 1] -> [[B, 256, H/4, W/4]]."""
     import timm  # comes with open_clip
-    with about(weights or "resnet101c (or give --conv-weights FILE)"):
+    with blame(weights or "resnet101c (or give --conv-weights FILE)"):
         net = timm.create_model("resnet101c", not weights, features_only=True, out_indices=(1,))
         if weights not in ("", "none"):
             state = open_clip.factory.load_state_dict(weights)
@@ -1243,7 +1243,7 @@ def load_file(file, *needed: str) -> dict:
     """What torch.save wrote, with the entries `needed`, without running code that may be in it."""
     numbers = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in (
         "core", "_core")] + [np.dtype, np.dtypes.Float64DType]  # scalars of old and new numpy
-    with about(file), torch.serialization.safe_globals(numbers):
+    with blame(file), torch.serialization.safe_globals(numbers):
         content = torch.load(file, map_location="cpu", weights_only=True)
         require(isinstance(content, dict) and {*needed} <= {*content},
                 "no checkpoint of this program (nor of the authors': load_authors_checkpoint)")
@@ -1252,7 +1252,7 @@ def load_file(file, *needed: str) -> dict:
 def load_checkpoint(file: str, **changes) -> tuple[SemiVL, Config, dict]:
     """A checkpoint of this program -> model in eval mode, settings, class names and concepts."""
     content = load_file(file, "model", "config", "classes", "clip")
-    with about(file):
+    with blame(file):
         cfg = Config(**content["config"] | dict(device="auto", out="") | changes)
         model = build_model(cfg, open_clip.CLIP(**content["clip"]).visual, content["model"]["text"])
         model.load_state_dict(content["model"])
@@ -1364,7 +1364,7 @@ def main(argv=None) -> int:
             log = open_log(run) if RANK == 0 else None
             saved = load_file(file, *"model config classes student optimizer labelled digest step "
                               "last best".split())
-            with about(file):
+            with blame(file):
                 cfg = Config(**saved["config"] | typed | dict(out=args.resume))
             train(cfg, None, saved | {"digest": None} if "dataset" in typed else saved, log)
         elif args.eval is not None:

@@ -210,7 +210,7 @@ def test_losses_and_gradients_of_a_step_equal_the_authors(conf, factor, known, n
     monkeypatch.setattr(F, "dropout2d", lambda f, p: 2 * f * (
         torch.arange(f.shape[1]) % 2 == 0)[:, None, None])
     student = authors_model(factor=factor)
-    guidance = semivl.FrozenGuidance(semivl.copy_trained(student.clip), *CONCEPTS, 0.7)
+    guidance = semivl.FrozenGuidance(semivl.frozen_copy(student.clip), *CONCEPTS, 0.7)
     x, w, s1, s2 = map(pixels, (11, 12, 13, 14))
     y = torch.from_numpy(np.random.RandomState(15).randint(0, 5, (2, 128, 128)))
     padding = torch.zeros(2, 128, 128, dtype=torch.bool)
@@ -638,8 +638,8 @@ def test_a_run_that_is_going_on_is_not_resumed_by_another_process(whole, tmp_pat
 
 def test_json_has_no_nan_and_a_log_file_gets_lines(folder, tmp_path, monkeypatch, capsys):
     assert json.loads(semivl.to_json({"NaN": [math.nan, 1.5]})) == {"NaN": [None, 1.5]}
-    assert semivl.LOG_FORM["mininterval"] <= 60
-    often = semivl.LOG_FORM | dict(mininterval=0, delay=0)
+    assert semivl.LINES["mininterval"] <= 60
+    often = semivl.LINES | dict(mininterval=0, delay=0)
     monkeypatch.setattr(semivl, "progress", lambda *a, **k: semivl.tqdm(*a, **k, **often))
     assert run(folder, tmp_path / "run") == 0
     assert "train: 4 of 4\n" in capsys.readouterr().err
