@@ -4,7 +4,7 @@ Paper: Hoyer, Tan, Naeem, Van Gool, Tombari, "SemiVL", ECCV 2024, arXiv 2311.162
 A few images have masks, many have none, and CLIP connects words with images. One training step:
 
     labelled image:          unlabelled image, randomly cropped:
-    x and its mask y         weak view w ----- recoloured twice ------> strong views s1, s2
+    x and its mask y         weak view w --- two random recolourings -> strong views s1, s2
           |                   |         |                                      |
           |              EMA TEACHER    |                      CutMix: a box of another image
           |              FROZEN CLIP    |                                      |
@@ -25,8 +25,8 @@ lists all differences. Paper: 84.0 mIoU on VOC with 92 masks, 6.1 above the best
     python semivl.py --eval runs/voc-92/last.pt           IoU per class
     python semivl.py --predict runs/voc-92/last.pt a.jpg  mask and overlay of any image
 
-Sections 2 to 6 are the networks, 7 data, 8 losses, 9 evaluation, 10 training. Their openings
-give what an idea buys: test mIoU on the toy world with 8 masks, mean of 5 seeds; all ideas: 66.5.
+Sections 2 to 6 are the networks, 7 data, 8 losses, 9 evaluation, 10 training. Their headers
+say what each idea buys: test mIoU on the toy world with 8 masks, mean of 5 seeds; in all 66.5.
 Letters for shapes, in every comment: B images, N classes, K concepts, H x W image, P patch side,
 gh x gw patches (H/P, W/P rounded up), T = 1 + gh*gw tokens, D width of the ViT, E width of CLIP's
 joint space of images and text, C channels of one class's map (128). In prose x is the labelled
@@ -68,7 +68,7 @@ from tqdm import tqdm
 class Config:
     """The options: `vit_lr` is --vit-lr, `conf_thresh` is --conf. --help shows the comments."""
     dataset: str = "voc"  # toy (if not given), voc, coco, ade20k, cityscapes, or a FOLDER
-    labels: int = 92  # number of labelled images; all others of train.txt are used without mask
+    labels: int = 92  # how many images are labelled; all others of train.txt are used without mask
     root: str = "data"  # folder in which the named data sets are kept
     crop: int = 512  # side of the training crop and of the test window, pixels
     fit: bool = True  # resize the short side to the crop (in training: times the random scale)
@@ -78,7 +78,7 @@ class Config:
     clip: str = "ViT-B-16-quickgelu"  # a plain ViT CLIP of open_clip; toy; or local-dir:FOLDER
     clip_tag: str = "openai"  # which of open_clip's pretrained weights
     clip_weights: str = ""  # FILE of CLIP weights; none: random; '': those of the tag
-    authors_clip: bool = False  # the authors' GELU, LayerNorm eps and image statistics
+    authors_clip: bool = False  # GELU, LayerNorm eps (and, without conv_skip, colours) as theirs
     decoder: Literal["language", "vision"] = "language"  # vision: DeepLabV3+
     decoder_channels: int = 128  # C of the language decoder; all of its widths follow
     decoder_text: Literal["names", "mean"] = "names"  # text of a class: name, or mean of concepts
@@ -88,14 +88,14 @@ class Config:
     conv_weights: str = ""  # FILE of the stem's weights; none: random; '': timm's
     unlabelled: bool = True  # use the unlabelled images
     conf_thresh: float = 0.95  # lowest confidence of a pseudo-label that is used
-    weighting: Literal["pixel", "mean"] = "pixel"  # mean: all, by mean confidence
+    weighting: Literal["pixel", "mean"] = "pixel"  # consistency_loss explains them
     guidance: float = 0.1  # weight of frozen CLIP's losses; falls linearly to 0
     guidance_conf_thresh: float = 0.9  # lowest probability of frozen CLIP's labels
     ema: float = 0.996  # decay of the EMA teacher; 0: the student teaches itself
     steps: int = 0  # optimiser steps; 0: as many as --epochs has
     epochs: int = 80  # passes over the unlabelled images
     batch: int = 8  # labelled images per step, and as many unlabelled ones
-    micro_batch: int = 2  # labelled (and unlabelled) images per forward; gradients add up
+    micro_batch: int = 2  # labelled (and unlabelled) images per forward; losses are averaged
     lr: float = 1e-3  # learning rate of the decoder
     vit_lr: float = 1e-6  # learning rate of the ViT, and of the stem of conv_skip
     weight_decay: float = 0.01  # AdamW's, on everything that trains
@@ -115,7 +115,7 @@ class Config:
                  and not low.get(name, 0) <= value <= top.get(name, math.inf)]
         require(not wrong, f"out of range: {', '.join(wrong)}")
         require(self.batch % self.micro_batch == 0, "--micro-batch must divide --batch")
-        require(self.stride <= self.crop, "--stride is above --crop: pixels would be left out")
+        require(self.stride <= self.crop, f"--stride {self.stride} is above --crop; 0 fits always")
 
 # What each data set overrides. VOC and a FOLDER use the defaults.
 PRESETS = {
@@ -127,7 +127,7 @@ PRESETS = {
     "ade20k": dict(labels=158, epochs=40, micro_batch=1, lr=4e-3, vit_lr=4e-7),
     "cityscapes": dict(labels=100, fit=False, crop=801, stride=534, steps=240 * 349, micro_batch=1,
                        lr=5e-4, vit_lr=5e-6, conv_skip=True, decoder_text="mean", weighting="mean",
-                       window_mode="probabilities")}  # steps: 240 epochs at 186 labels
+                       window_mode="probabilities")}  # 240 epochs of split 186, for all
 IGNORE = 255  # "no label" in every mask in memory, whatever value a folder's files have for it
 
 def require(condition, message: str) -> None:
@@ -180,7 +180,7 @@ person|standing person|person sitting on the ground|person sitting on a bench|pe
 chair; rider: rider|cyclist|motorcyclist; car: car|jeep|SUV|van; truck: truck|box truck|pickup
 truck|truck trailer; bus: bus; train: train|tram; motorcycle: motorcycle|moped|scooter; bicycle:
 bicycle"""}
-DEFINITIONS = {dataset: {name: words.split("|") for name, _, words in (
+DEFINITIONS = {dataset: {name: concepts.split("|") for name, _, concepts in (
     entry.partition(": ") for entry in text.replace("|\n", "|").replace("\n", " ").split("; "))}
     for dataset, text in DEFINITION_TEXTS.items()}
 
@@ -192,7 +192,7 @@ def encode_text(clip: open_clip.CLIP, words: list[str]) -> torch.Tensor:
 
 def describe_classes(clip, classes: dict[str, list], *, decoder_text="names", definitions=True):
     """classes: name -> one concept or more; without `definitions` the name is the only concept.
-    Returns, L2-normalised, text [N, E] for the decoder (of names, or "mean": means of concepts),
+    Returns, L2-normalised, text [N, E] for the decoder (from names, or if "mean", mean concepts),
     names [N, E], concepts [K, E] (class after class); and sizes, how many concepts a class has."""
     text = names = encode_text(clip, list(classes))
     groups = list(classes.values()) if definitions else [[name] for name in classes]
@@ -203,13 +203,13 @@ def describe_classes(clip, classes: dict[str, list], *, decoder_text="names", de
 
 # 3. Dense CLIP (paper: Vision-Language Pre-training): how do we get an embedding for every patch? -
 # CLIP's image embedding is read from the class token. In the last block its attention takes a
-# weighted mean of all tokens' VALUE vectors, and that mean is what training has aligned with text.
-# MaskCLIP (Zhou et al., ECCV 2022) found that a single patch's own value vector, sent through the
-# rest of the block, then lies close to the text of what the patch shows. This "value path" replaces
-# attention by the token's own value. We lose the context that this one block would have added.
-# The decoder also needs to know where things end. Two skip maps of early blocks (shallow: block 0,
-# deep: 4 of 12) tell it: a patch still describes its own pixels there. The authors take value paths
-# for them, too, without a reason; a plausible one: attention would mix in even more other places.
+# weighted mean of all tokens' VALUE vectors, and what the rest of the block makes of that mean was
+# aligned with text. MaskCLIP (Zhou et al., ECCV 2022) found that a single patch's own value vector,
+# sent through the rest of the block, then lies close to the text of what the patch shows. This
+# "value path" replaces attention by the token's own value; the context that this one block would
+# have added is lost. The decoder also needs to know where things end. Two skip maps (shallow: of
+# block 0, deep: of block 4 of 12) tell it: there, a patch still describes its own pixels. The
+# authors use value paths for these, too, and give no reason; ours: attention would blur the maps.
 class LeanQuickGELU(nn.Module):
     """x sigmoid(1.702 x), as silu(1.702 x) / 1.702: the backward pass keeps one tensor, not two."""
     def forward(self, x):
@@ -314,8 +314,7 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 #     -> semantic reasoning, twice [B, N, C, gh, gw]     across classes, at each place
 #     -> two UpStages, with skips  [B, N, C/4, 4gh, 4gw] within each class
 #     -> head                      [B, N, 4gh, 4gw]      logits
-torch.backends.mha.set_fastpath_enabled(False)  # of SemanticReasoning's layer: measured slower
-MAPS_AT_ONCE = 64  # `by_classes` runs at most this many of the B*N maps at a time, to save memory
+MAPS_AT_ONCE = 64  # `by_classes` runs about this many of the B*N maps at a time, to save memory
 
 def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """Cosine similarity of places and texts: dense [B, E, gh, gw], text [N, E] -> [B, N, gh, gw].
@@ -326,7 +325,7 @@ def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         return torch.einsum("behw,ne->bnhw", dense, text)
 
 def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=None) -> nn.Sequential:
-    """Convolution that keeps the size, norm, ReLU. Default: GroupNorm, 16 channels per group."""
+    """Convolution that keeps the size, norm, ReLU. Default: GroupNorm of about 16 channels each."""
     norm = norm(c_out) if norm else nn.GroupNorm(math.gcd(max(1, c_out // 16), c_out), c_out)
     padding = dilation * (kernel // 2)
     conv = nn.Conv2d(c_in, c_out, kernel, padding=padding, dilation=dilation, bias=False)
@@ -335,13 +334,13 @@ def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=None) -> nn.Sequential:
 
 def conv_by_parts(conv: nn.Conv2d, parts: list[torch.Tensor]) -> list[torch.Tensor]:
     """Tensors whose sum is conv(torch.cat(parts, dim=1)), if conv has no bias, stride or dilation.
-    What all classes share (for 1 x 1 kernels: all places) is convolved once; the sum broadcasts."""
+    A part shared by all classes (1 x 1 kernel: by all places) is convolved once, then broadcast."""
     weights = conv.weight.split([part.shape[1] for part in parts], dim=1)
     return [F.conv2d(part, w, padding=conv.padding) for part, w in zip(parts, weights)]
 
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling (DeepLab): one map seen at five fields of view, a branch of
-    `width` channels each. [B, c_in, gh, gw] -> [B, c_out, gh, gw]."""
+    `width` channels each. [., c_in, gh, gw] -> [., c_out, gh, gw]."""
     def __init__(self, c_in: int, width: int, c_out: int, norm=None):
         super().__init__()
         self.branches = nn.ModuleList([conv_norm_relu(c_in, width, 1, norm=norm)] + [
@@ -349,13 +348,13 @@ class ASPP(nn.Module):
         self.pooled = conv_norm_relu(c_in, width, 1, norm=norm)
         self.project = conv_norm_relu(5 * width, c_out, 1, norm=norm)
     def forward(self, x):
-        whole = self.pooled(x.mean((2, 3), keepdim=True))  # [B, width, 1, 1], the same everywhere
+        whole = self.pooled(x.mean((2, 3), keepdim=True))  # [., width, 1, 1], one for all places
         conv, norm, relu = self.project
         return relu(norm(sum(conv_by_parts(conv, [b(x) for b in self.branches] + [whole]))))
 
 class SemanticReasoning(nn.Module):
     """Classes against each other: a transformer layer whose sequence is the N classes at a place.
-    x [B, N, C, gh, gw], projected text [N, C] -> same shape. Where "cat" is sure, "boat" is not.
+    x [B, N, C, gh, gw], projected text [N, C] -> same shape. A strong "cat" can weaken "boat".
     The text tells the layer which class a sequence item is; no weight belongs to one class."""
     def __init__(self, C: int):
         super().__init__()
@@ -363,8 +362,8 @@ class SemanticReasoning(nn.Module):
             activation="gelu", norm_first=True, batch_first=True)
     def forward(self, x, text):
         B, N, C, gh, gw = x.shape
-        # Attention between classes needs no fine grid, it runs on means of 4 x 4 patches, ph x pw
-        # of them: gh // 4 and gw // 4, at least 1. Leftover patches at the edge are dropped.
+        # Attention across classes needs no fine grid: it runs on means of 4 x 4 patches, ph x pw of
+        # them (gh // 4 by gw // 4, at least 1). Patches left over at the edges are dropped.
         pooled = F.avg_pool2d(x.flatten(0, 1), (min(4, gh), min(4, gw)))  # [B*N, C, ph, pw]
         tokens = pooled.unflatten(0, (B, N)).permute(0, 3, 4, 1, 2).flatten(0, 2)  # [B*ph*pw, N, C]
         text = text.expand(len(tokens), -1, -1)  # [B*ph*pw, N, C]
@@ -372,7 +371,7 @@ class SemanticReasoning(nn.Module):
         tokens = self.layer(torch.cat([tokens, text], dim=2))[..., :C]  # [B*ph*pw, N, C]
         pooled = tokens.unflatten(0, (B, *pooled.shape[2:])).permute(0, 3, 4, 1, 2)  # [B,N,C,ph,pw]
         refined = F.interpolate(pooled.flatten(0, 1), (gh, gw), mode="bilinear", align_corners=True)
-        return x + refined.unflatten(0, (B, N))  # residual here and in the layer: as the authors
+        return x + refined.unflatten(0, (B, N))  # also a residual in the layer, as the authors do
 
 class UpStage(nn.Module):
     """Doubles the resolution and adds detail from a skip map, which all classes share:
@@ -392,8 +391,8 @@ class UpStage(nn.Module):
 class LanguageGuidedDecoder(nn.Module):
     """Similarity maps -> spatial reasoning -> semantic reasoning -> upsampling.
     embed_dim: E. shallow_dim, deep_dim: channels of the skips. channels: C, ValueError unless it is
-    a multiple of 8. shallow_width: channels of the projected one, by default C/8. recompute: less
-    memory, more time in training (see `by_classes`)."""
+    a multiple of 8. shallow_width: channels of the shallow skip once projected, by default C/8.
+    recompute: less memory, more time in training (see `by_classes`)."""
     def __init__(self, embed_dim, shallow_dim, deep_dim, channels=128, shallow_width=None,
                  recompute=False):
         super().__init__()
@@ -422,8 +421,8 @@ class LanguageGuidedDecoder(nn.Module):
         maps = self.up2(self.up1(x.flatten(0, 1), deep), shallow)  # [B*N, C/4, 4gh, 4gw]
         return self.head(maps).view(*x.shape[:2], *maps.shape[2:])
     def by_classes(self, function, x, *shared):
-        """function(x, *shared) on a few classes of x [B, N, ...] at a time, so memory hardly grows
-        with N: always in evaluation, in training if `recompute` (backward repeats each forward)."""
+        """function(x, *shared) on a few classes of x [B, N, ...] at a time, which saves memory; in
+        training only with `recompute` (backward repeats each forward): else autograd keeps all."""
         if self.recompute and torch.is_grad_enabled():
             function = partial(torch.utils.checkpoint.checkpoint, function, use_reentrant=False)
         parts = x.split(max(1, MAPS_AT_ONCE // len(x)), dim=1)
@@ -472,7 +471,7 @@ class SemiVL(nn.Module):
             dense, shallow, deep = (torch.cat([f[:n], F.dropout2d(f[n:], 0.5)])
                                     for f in (dense, shallow, deep))
         logits = self.decoder(dense, (shallow, deep), self.text)  # [B, N, 4gh, 4gw]
-        # If patches stick out of the image, logits are squeezed to H x W, not cut: as the authors'.
+        # Logits are those of the image padded to whole patches, squeezed to H x W: as published.
         return F.interpolate(logits.float(), images.shape[2:], mode="bilinear", align_corners=False)
 
 class FrozenGuidance(nn.Module):
@@ -500,7 +499,7 @@ class FrozenGuidance(nn.Module):
 class EMATeacher:
     """Mean teacher: `model` is an exponential moving average of the student; it labels weak views.
     Averaging smooths out the mistakes of single steps. The average is also what is evaluated and
-    saved, as in UniMatch V2. With decay 0 it equals the student, as in the authors' code."""
+    saved, as in UniMatch V2. With decay 0 it equals the student, but in eval mode."""
     def __init__(self, student: nn.Module, decay: float = 0.996):
         self.model, self.decay = frozen_copy(student), decay
     @torch.no_grad()
@@ -522,7 +521,7 @@ class EMATeacher:
 #     FOLDER/splits/val.txt      "IMAGE MASK". Optional: test.txt; 8/labeled.txt, for --labels 8
 # Masks hold class numbers, 0 for the first of "classes". If they hold colours or other numbers,
 # dataset.json lists those: "colors": {"sky": [70, 130, 180], "car": [0, 0, 142]}, or {"sky": 0,
-# "car": 255}. "ignore_index" is then a colour or number, too, and by default none.
+# "car": 255}. With "colors", "ignore_index" is a colour or number, too, and has no default.
 def read_image(file: Path) -> torch.Tensor:
     """Any image file -> uint8 RGB [3, H, W], turned upright as its EXIF orientation says."""
     with blame(file), Image.open(file) as image:
@@ -536,7 +535,7 @@ def read_mask(file: Path, values: dict[int, int], colours: bool = False) -> torc
     """PNG, BMP or TIFF -> uint8 [H, W]. values: pixel (with `colours` 65536 r + 256 g + b) -> class
     number or IGNORE. ValueError for other pixels, and for a format that may have changed them."""
     with blame(file), Image.open(file) as image:
-        # PIL changes values of 2 or 4 bits and 16-bit colour; repr(tile) then has "L;4", "RGB;16B".
+        # PIL rescales 2- and 4-bit grey and 16-bit colour: repr(tile) then has "L;4" or "RGB;16B".
         lossy = re.search("[ABLR];|jpeg", f"{image.tile} {image.info.get('compression')}")
         modes = ("P", "L", "RGB", "RGBA") if colours else ("P", "L", "I", "I;16")
         require(image.format in ("PNG", "BMP", "TIFF") and image.mode in modes and not lossy,
@@ -553,7 +552,7 @@ def read_mask(file: Path, values: dict[int, int], colours: bool = False) -> torc
         return torch.from_numpy(numbers[place].reshape(mask.shape))
 
 def read_list(folder: Path, name: str, need_mask: bool) -> list[tuple]:
-    """Lines of FOLDER/splits/NAME -> entries, with one spelling for each path of an image."""
+    """Lines of FOLDER/splits/NAME -> entries; paths of images are normalised."""
     entries = []
     with blame(file := folder / "splits" / name):  # utf-8-sig: some editors put a mark in front
         text = file.read_text("utf-8-sig").replace("\\", "/")
@@ -616,14 +615,13 @@ class Folder:  # a data set on disk
             say(f"note: {len(files)} images are {' and '.join(titles)}: {', '.join(files[:3])}")
 
 def open_data(cfg: Config) -> Folder:
-    """The folder behind --dataset; a named set is made if it is missing. Concepts: those of
-    DEFINITIONS, else of dataset.json, else each class's name."""
+    """The folder behind --dataset; a named set is made if it is missing."""
     path = Path(cfg.root) / cfg.dataset if cfg.dataset in PRESETS else Path(cfg.dataset)
     if cfg.dataset in PRESETS and not path.exists():
         require(WORLD == 1, f"{path} is missing: first run python data_prep.py {cfg.dataset}")
         import data_prep
         data_prep.prepare(cfg.dataset, cfg.root)
-    number = lambda v: int.from_bytes(bytes(v), "big") if isinstance(v, list) else v  # noqa: E731
+    packed = lambda v: int.from_bytes(bytes(v), "big") if isinstance(v, list) else v  # noqa: E731
     with blame(f"{path}/dataset.json (of the folder that --dataset names)"):
         content = dict(classes=None, definitions={}, colors={})
         content |= json.loads((path / "dataset.json").read_text("utf-8-sig"))
@@ -638,10 +636,10 @@ def open_data(cfg: Config) -> Folder:
         require(all(isinstance(v, int) or isinstance(v, list) and len(v) == 3 for v in (
             ignore, *colors.values())), "'ignore_index', and each of 'colors': [r, g, b] or number")
         colours = any(isinstance(color, list) for color in colors.values())
-        values = {number(colors.get(name, n)): n for n, name in enumerate(names)}
+        values = {packed(colors.get(name, n)): n for n, name in enumerate(names)}
         # If masks hold colours, the number 255 ignores nothing: as a colour it would be blue.
         ignore = -1 if colours and not isinstance(ignore, list) else ignore
-        values[number(ignore)] = IGNORE
+        values[packed(ignore)] = IGNORE
         require(len(values) == len(names) + 1, f"ignore_index {ignore} is a class, too, or two "
                 "classes look alike; -1 ignores nothing, 'colors' says which value is which class")
     test = read_list(path, "test.txt", True) if (path / "splits/test.txt").exists() else []
@@ -683,7 +681,7 @@ def scale_crop_flip(image: torch.Tensor, mask: torch.Tensor, cfg: Config):
     the flip a small image is padded at the right and bottom: black, IGNORE in the mask."""
     crop, size = cfg.crop, random_size(*mask.shape, cfg)
     image = VF.resize(image, size, antialias=True)
-    # Half a pixel apart. The authors use cv2's nearest (NEAREST) with `fit`, PIL's without.
+    # These differ by half a pixel: cv2's nearest, the authors' with `fit`, and PIL's, without.
     nearest = v2.InterpolationMode.NEAREST if cfg.fit else v2.InterpolationMode.NEAREST_EXACT
     mask = VF.resize(mask[None], size, interpolation=nearest)
     pad = [0, 0, max(crop - size[1], 0), max(crop - size[0], 0)]  # left, top, right, bottom
@@ -698,7 +696,7 @@ strong_view = v2.Compose([  # uint8 [3, crop, crop] -> the same with other colou
     v2.RandomApply([v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)], 0.8),
     v2.RandomGrayscale(0.2),
     v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], 0.5)])
-# One more view is one more entry, under a new name; it moves no pixel and leaves its input as is.
+# To add a view, add an entry with a new name. Its function moves no pixel and changes no input.
 STRONG_VIEWS = {"s1": strong_view, "s2": strong_view}
 
 def cutmix_box(size: int) -> torch.Tensor:
@@ -713,7 +711,7 @@ def cutmix_box(size: int) -> torch.Tensor:
         if left + width <= size and top + height <= size:
             return torch.tensor([top, left, top + height, left + width])
 
-STREAM = 10**9  # seed * STREAM + i seeds item i's augmentation; STREAM // 2 more, its dropout
+STREAM = 10**9  # seed * STREAM + i: augmentation of item i; + STREAM // 2: a micro-batch's dropout
 
 class TrainingSet(Dataset):
     """Item i of a run, counted over epochs: x, w, s1, s2 uint8 [3, crop, crop]; y uint8, padding
@@ -746,15 +744,15 @@ class TrainingSet(Dataset):
 
 # 8. Consistency (UniMatch, Yang et al., CVPR 2023): what about an image without a mask? -----------
 #     total = (L_x + 1/2 mean over strong views of L_s + 1/2 L_fp) / 2
-#             + lambda (1/2 mean over strong views of G_s + 1/2 G_fp)     (line 2: SemiVL's)
+#             + lambda (1/2 mean over strong views of G_s + 1/2 G_fp)   (this line: SemiVL's)
 # with lambda = --guidance * (1 - step/steps). So the weights are 1/2 for L_x, 1/8 each for L_s1 and
 # L_s2, 1/4 for L_fp, lambda/4 each for G_s1 and G_s2, lambda/2 for G_fp.
 # L_x: cross-entropy with the mask. L_s, L_fp: with the teacher's pseudo-labels. G_s, G_fp: with the
 # labels of frozen CLIP. The mask of an image does not depend on its colours. So the teacher labels
 # the weak view w, and the student has to predict the same for strong views (s1, s2: recoloured; a
 # box of another image brings its labels along) and for w with half of its feature channels off (fp:
-# feature perturbation). The trap is confirmation bias: wrong pseudo-labels are learned and come
-# back more confident. So only confident ones count, and frozen CLIP, which cannot learn them, adds
+# feature perturbation). The trap is confirmation bias: the student learns wrong pseudo-labels, and
+# the teacher from it. So unsure ones are dropped, and frozen CLIP, which learns nothing, adds its
 # labels; as their borders are coarse, lambda falls. Consistency alone costs DeepLabV3+ 6.4 (42.0).
 class Targets(NamedTuple):
     """The targets of unlabelled images, per pixel, and where they count; all [B, H, W]."""
@@ -783,7 +781,7 @@ def cutmix(own: torch.Tensor, partner: torch.Tensor, box: torch.Tensor) -> torch
     return torch.where(inside if own.ndim == 3 else inside.unsqueeze(1), partner, own)
 
 def supervised_loss(logits, y):
-    """Cross-entropy of logits [B, N, H, W] with masks y, int64 [B, H, W]: mean of known pixels."""
+    """Cross-entropy of logits [B, N, H, W] and masks y, int64 [B, H, W]; mean over known pixels."""
     loss = F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="sum")
     return loss / (y != IGNORE).sum().clamp(min=1)  # 0 if no pixel is known
 
@@ -811,7 +809,7 @@ def semivl_loss(logits: dict, y, targets: dict, guidance_weight: float, conf_thr
                 weighting: str = "pixel") -> dict:
     """The formula above, as scalars: "x"; for each view "s1", "guidance_s1", ...; "total".
     logits: {"x": ..., "s1": ..., "s2": ..., "fp": ...}, [B, N, H, W] each. y: masks of x, int64 [B,
-    H, W]. targets: each view's Targets, without x; {}: total is L_x. guidance_weight: lambda."""
+    H, W]. targets: view -> Targets, not for x; if {}, total is L_x. guidance_weight: lambda."""
     losses = {"x": supervised_loss(logits["x"], y)}
     L_sum = G_sum = 0.0
     for view, t in targets.items():
@@ -871,7 +869,7 @@ def segment(model, image: torch.Tensor, cfg: Config, device: torch.device) -> tu
         for scores in strips:  # [1, N, ., .]
             size = (H, W) if cfg.fit else scores.shape[2:]
             # A softmax's largest value is exp(highest score - logsumexp of all). Both can be built
-            # up from eight classes at a time: all of them at once, at full size, fill the memory.
+            # up from eight classes at a time: all of them at once, at full size, would fill memory.
             best = logsumexp = torch.full(size, -math.inf, device=device)
             label = torch.zeros(size, dtype=torch.uint8, device=device)
             for n in range(0, scores.shape[1], 8):
@@ -926,7 +924,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 def autocast(cfg: Config, device: torch.device) -> torch.autocast:
-    """bf16 for matrix products; softmax, norms and losses stay in float32 (torch's own lists)."""
+    """bf16 for matrix products; losses stay in float32, on CUDA softmax and norms do, too."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and bf16
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
@@ -946,7 +944,7 @@ def make_optimizer(student: SemiVL, cfg: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW([decoder, vit], weight_decay=cfg.weight_decay)
 
 def ignore_signals(_) -> None:
-    """In loader processes: signals are for the training process. It saves, then ends loaders."""
+    """Ctrl-C must reach only the training process, which saves and then ends its loaders."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgid"):  # Windows has no groups
         os.setpgid(0, 0)
@@ -955,9 +953,10 @@ def new_run(cfg: Config, labelled: list) -> Path:
     """Makes the run's folder, with the list of labelled images and a copy of this file in it."""
     path = base = Path(cfg.out or f"runs/{Path(cfg.dataset).resolve().name}-{cfg.labels}")
     for number in range(2, 10**4):
-        with contextlib.suppress(() if cfg.out else FileExistsError):
+        with contextlib.suppress(FileExistsError):
             path.mkdir(parents=True)  # of two runs that start at once, one gets the error
             break
+        require(not cfg.out, f"--out {path} exists")
         path = base.with_name(f"{base.name}-{number}")
     (path / "labeled.txt").write_text("".join(f"{i}\t{m}\n" for i, m in labelled), encoding="utf-8")
     (path / "semivl.py").write_bytes(Path(__file__).read_bytes())
@@ -979,15 +978,14 @@ def open_log(run: Path):
     return log
 
 def say_table(corner: str, rows: list[str], columns: dict, form: str) -> None:
-    """columns: title -> numbers (a tensor), one per row. form: of a number."""
+    """columns: title -> numbers (a tensor), one per row. form: the format of a number."""
     wide = max(map(len, [corner, *rows])) + 2
-    for name, *cells in [(corner, *columns), *zip(rows, *(c.tolist() for c in columns.values()))]:
-        say(f"{name:{wide}}" + "".join(
-            f"{cell:>20}" if isinstance(cell, str) else f"{cell:>20{form}}" for cell in cells))
+    cells = [[format(number, form) for number in column.tolist()] for column in columns.values()]
+    for name, *row in [(corner, *columns), *zip(rows, *cells)]:
+        say(f"{name:{wide}}" + "".join(f"{cell:>20}" for cell in row))
 
 def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, log=None) -> None:
-    """A whole run, from the settings to last.pt and the table of IoU. folder: instead of --dataset.
-    saved, log: the content of a last.pt and the open log of its run, which then goes on."""
+    """A whole run. folder: instead of --dataset. saved, log: last.pt and log of a run to go on."""
     # 1. Device, data, CLIP and the words it reads, three networks, optimiser; resume.
     device, folder = pick_device(cfg.device), folder or open_data(cfg)
     cuda = device.type == "cuda"
@@ -1019,7 +1017,8 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
     guidance = FrozenGuidance(frozen, concepts, sizes, cfg.guidance_conf_thresh).to(device)
     by_names = FrozenGuidance(frozen, names, [1] * len(names)).to(device)  # only to compare
     ema, optimizer = EMATeacher(student, cfg.ema), make_optimizer(student, cfg)
-    models = {"CLIP by definitions": guidance, ("labels only", "SemiVL")[cfg.unlabelled]: ema.model}
+    models = {f"CLIP by {'definitions' if cfg.definitions else 'names'}": guidance,
+              "SemiVL" if cfg.unlabelled else "labels only": ema.model}
     parallel = nn.parallel.DistributedDataParallel(student) if WORLD > 1 else student
     modules = dict(student=student, model=ema.model, optimizer=optimizer)
     state, out = dict(step=0, last=-1.0, best=-1.0), Path(cfg.out)  # last, best: validation mIoU
@@ -1064,7 +1063,7 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
             group["lr"] = learning_rate(group["base_lr"], step, cfg.steps)
         guidance_weight = cfg.guidance * (1 - step / cfg.steps)
         # 3. Teacher and frozen CLIP label the weak views. CutMix changes images and targets alike;
-        # partners are the batch in reverse order (the middle image of an odd one is not mixed).
+        # partners are the batch in reverse order (the middle image of an odd batch is not mixed).
         images, targets = {"x": batch["x"]}, {}  # view -> its images, and its targets
         size = math.gcd(cfg.micro_batch, len(batch["x"]))  # of a chunk: it has to divide the share
         chunks = [slice(i, i + size) for i in range(0, len(batch["x"]), size)]
@@ -1080,7 +1079,7 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
         # 4. The student predicts all views of a micro-batch in one forward; losses; backward.
         losses = {}
         for c in chunks:
-            parallel.require_backward_grad_sync = c is chunks[-1]  # DDP averages once per step
+            parallel.require_backward_grad_sync = c is chunks[-1]  # DDP: average once per step
             offset = step * cfg.batch + RANK * len(batch["x"]) + c.start
             torch.manual_seed(cfg.seed * STREAM + STREAM // 2 + offset)  # of feature dropout
             pixels = torch.cat([t[c] for t in images.values()]) / 255  # [len(images) * size, ...]
@@ -1114,8 +1113,8 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
         if evaluate_now:
             state["last"] = float(evaluate(ema.model, folder, folder.val, cfg, device).nanmean())
             say(f"step {step}: loss {line['total']:.3f}, kept {line.get('kept', 0):.2f}, mIoU "
-                f"{state['last']:.1f} (validation), {np.median(seconds[1:] or seconds):.3g} s a "
-                "step" + (f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""))
+                f"{state['last']:.1f} (validation), {np.median(seconds[1:] or seconds):.3g} s/step"
+                + (f", {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if cuda else ""))
         better, state["best"] = state["last"] > state["best"], max(state["best"], state["last"])
         # 7. After a signal to any process, process 0 saves and all leave.
         stopping = sum_over_processes(torch.tensor(len(stop), device=device)) > 0
@@ -1153,11 +1152,11 @@ def report(models: dict, folder: Folder, cfg: Config, device, out=None, **more) 
 def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
     """The CLIP that --clip, --clip-tag and --clip-weights name, and open_clip's config of it."""
     name, tag, weights = cfg.clip, cfg.clip_tag, cfg.clip_weights
-    if name == "toy":
+    if toy := name == "toy":
         import data_prep
         name = name if weights else f"local-dir:{data_prep.prepare('toy', cfg.root)}"
     with blame(f"--clip {name}, {weights or tag} (or give --clip-weights FILE, or none)"):
-        config = data_prep.CLIP_CONFIGS[name] if name == "toy" else (
+        config = data_prep.CLIP_CONFIGS["toy"] if toy and weights else (
             open_clip.get_model_config(name) or {"vision_cfg": {}})
         quick, known = config.get("quick_gelu", False), open_clip.get_pretrained_cfg(name, tag)
         require({*config} <= {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"} and isinstance(
@@ -1174,10 +1173,10 @@ def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
             digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
             foreign = digest not in open_clip.get_pretrained_url(name, "openai")
             clip.load_state_dict(open_clip.factory.load_state_dict(weights, weights_only=foreign))
-            say(f"note: {name} uses {'Quick' * quick}GELU, whatever {weights} was trained with")
+            say(f"note: {name} uses {'QuickGELU' if quick else 'GELU'}, whatever {weights} needs")
     return clip, config
 
-# For the ResNet of `conv_skip`, or else for CLIP if `authors_clip`.
+# For conv_skip's ResNet; without one, for CLIP if `authors_clip`, as the authors have it.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def resnet_stem(weights: str) -> nn.Module:
@@ -1331,7 +1330,7 @@ def benchmark(cfg: Config) -> None:
 
 def parse_args(argv) -> tuple[argparse.Namespace, dict]:
     """The command line, and of it the fields of Config that were typed, with their values."""
-    parser = argparse.ArgumentParser(usage="semivl.py [options; voc's values]", allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage="semivl.py [options; voc defaults]", allow_abbrev=False)
     comments = dict(re.findall(r"    (\w+): .*?  # (.*)", Path(__file__).read_text("utf-8")))
     for name, kind in Config.__annotations__.items():
         default, choices = getattr(Config, name), get_args(kind) or None
@@ -1356,7 +1355,7 @@ def main(argv=None) -> int:
         allowed = {"device", "dataset", "root", "workers"}  # when a checkpoint has the settings
         allowed |= {"out", "stride"} if args.resume is None else set()
         wrong = [name for name in typed if name not in allowed]
-        new = args.resume is args.eval is args.predict is None
+        new = all(action is None for action in (args.resume, args.eval, args.predict))
         require(new or not wrong, f"not to be given here: {', '.join(wrong)}")
         if args.resume is not None:
             file = (run := Path(args.resume)) / "last.pt"
@@ -1377,7 +1376,8 @@ def main(argv=None) -> int:
         elif args.predict:
             predict(args.predict[0], args.predict[1:], typed)
         else:
-            cfg = Config(**PRESETS.get(typed.get("dataset", "toy"), {}) | typed)
+            preset = PRESETS.get(typed.get("dataset", "toy"), {})
+            cfg = Config(**preset | ({"steps": 0} if "epochs" in typed else {}) | typed)
             benchmark(cfg) if args.benchmark else train(cfg)
         return 0
     except KeyboardInterrupt:

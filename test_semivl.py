@@ -694,7 +694,7 @@ def test_semivl_alone_in_an_empty_folder_trains_resumes_evaluates_and_predicts(t
 
 def test_the_benchmark_measures_training_steps(capsys):
     assert semivl.main(["--benchmark", "--dataset", "voc", *TINY]) == 0
-    assert "s a step" in capsys.readouterr().out
+    assert "s/step" in capsys.readouterr().out
 
 def test_predictions_are_not_overwritten_and_have_the_size_of_the_image(whole, tmp_path, capsys):
     Image.effect_noise((70, 33), 90).convert("CMYK").save(image := tmp_path / "a.jpg")
@@ -747,7 +747,7 @@ MISTAKES = {  # what is wrong -> (file, content or picture; or options), words o
     "malicious weights": "--clip-weights bad.pt | bad.pt",
     "a malicious checkpoint": "--eval bad.pt | bad.pt",
     "malicious stem weights": "--conv-skip on --conv-weights bad.pt | bad.pt",
-    "windows with gaps between them": "--stride 33 | pixels would be left out",
+    "windows with gaps between them": "--stride 33 | is above --crop",
     "a width without an eighth": "--decoder-channels 12 | multiple of 8",
     "a crop below the patch": "--crop 7 --stride 7 | patch",
     "no such checkpoint": "--eval nowhere.pt | no such file",
