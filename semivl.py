@@ -6,7 +6,7 @@ A few images have masks, many have none, and CLIP connects words with images. On
     labelled image:          unlabelled image, randomly cropped:
     x and its mask y         weak view w --- two random recolourings -> strong views s1, s2
           |                   |         |                                      |
-          |              EMA TEACHER    |                      CutMix: a box of another image
+          |             EMA TEACHER and |                      CutMix: a box of another image
           |              FROZEN CLIP    |                                      |
        STUDENT             targets   STUDENT, half of the                   STUDENT
           |                   |      feature channels off (fp)                 |
@@ -26,7 +26,7 @@ lists all differences. Paper: 84.0 mIoU on VOC with 92 masks, 6.1 above the best
     python semivl.py --predict runs/voc-92/last.pt a.jpg  mask and overlay of any image
 
 Sections 2 to 6 are the networks, 7 data, 8 losses, 9 evaluation, 10 training. Their headers
-say what each idea buys: test mIoU on the toy world with 8 masks, mean of 5 seeds; in all 66.5.
+say what each idea buys: test mIoU on the toy world with 8 masks, mean of 5 seeds.
 Letters for shapes, in every comment: B images, N classes, K concepts, H x W image, P patch side,
 gh x gw patches (H/P, W/P rounded up), T = 1 + gh*gw tokens, D width of the ViT, E width of CLIP's
 joint space of images and text, C channels of one class's map (128). In prose x is the labelled
@@ -71,14 +71,14 @@ class Config:
     labels: int = 92  # how many images are labelled; all others of train.txt are used without mask
     root: str = "data"  # folder in which the named data sets are kept
     crop: int = 512  # side of the training crop and of the test window, pixels
-    fit: bool = True  # resize the short side to the crop (in training: times the random scale)
+    fit: bool = True  # resize the short side to the crop (in training: to the crop times the scale)
     scale_min: float = 0.5  # smallest factor of the random scale
     scale_max: float = 2.0  # largest factor of the random scale
     workers: int = 4  # processes that load images; 0: the training process itself
     clip: str = "ViT-B-16-quickgelu"  # a plain ViT CLIP of open_clip; toy; or local-dir:FOLDER
     clip_tag: str = "openai"  # which of open_clip's pretrained weights
     clip_weights: str = ""  # FILE of CLIP weights; none: random; '': those of the tag
-    authors_clip: bool = False  # GELU, LayerNorm eps (and, without conv_skip, colours) as theirs
+    authors_clip: bool = False  # their GELU, LayerNorm eps and (without conv_skip) mean and std
     decoder: Literal["language", "vision"] = "language"  # vision: DeepLabV3+
     decoder_channels: int = 128  # C of the language decoder; all of its widths follow
     decoder_text: Literal["names", "mean"] = "names"  # text of a class: name, or mean of concepts
@@ -103,7 +103,7 @@ class Config:
     save_every: int = 500  # steps between two saves of last.pt
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: autocast; auto: bf16 on CUDA only
     recompute: bool = False  # the decoder takes less memory and more time
-    window_mode: Literal["logits", "probabilities"] = "logits"  # what overlapping windows average
+    window_mode: Literal["logits", "probabilities"] = "logits"  # see sliding_window
     stride: int = 0  # stride of the test window, pixels; 0: 5/6 of the crop
     out: str = ""  # folder for what is written; '': runs/DATASET-LABELS, numbered if taken
     seed: int = 0  # for the labelled draw, weights, order and augmentation
@@ -127,7 +127,7 @@ PRESETS = {
     "ade20k": dict(labels=158, epochs=40, micro_batch=1, lr=4e-3, vit_lr=4e-7),
     "cityscapes": dict(labels=100, fit=False, crop=801, stride=534, steps=240 * 349, micro_batch=1,
                        lr=5e-4, vit_lr=5e-6, conv_skip=True, decoder_text="mean", weighting="mean",
-                       window_mode="probabilities")}  # 240 epochs of split 186, for all
+                       window_mode="probabilities")}  # 240 epochs of the 186-label list
 IGNORE = 255  # "no label" in every mask in memory, whatever value a folder's files have for it
 
 def require(condition, message: str) -> None:
@@ -158,7 +158,7 @@ say = (lambda text: None) if RANK else tqdm.write if TERMINAL else print
 # that fits best. The decoder reads one vector per class: the embedding of its name, or (Cityscapes)
 # the mean of its concepts. The decoder is trained, so a poor name costs it less.
 # On COCO and ADE20K a class's only concept is its name. Misspellings ("wolve") are as published.
-# It buys: with definitions instead of names, frozen CLIP reaches 50.7 (27.1), SemiVL 66.5 (59.5).
+# It buys: 66.5 with definitions, 59.5 with names only. Frozen CLIP itself: 50.7 with, 27.1 without.
 DEFINITION_TEXTS = {  # data set -> "class: concept|concept; class: ...", classes in their order
     "voc": """background: background|bed|building|cabinet|ceiling|curtain|door|fence|floor|grass|
 ground|mountain|road|rock|shelves|sidewalk|sky|snow|tree|wall|water|window|hang glider|helicopter|
@@ -193,23 +193,24 @@ def encode_text(clip: open_clip.CLIP, words: list[str]) -> torch.Tensor:
 def describe_classes(clip, classes: dict[str, list], *, decoder_text="names", definitions=True):
     """classes: name -> one concept or more; without `definitions` the name is the only concept.
     Returns, L2-normalised, text [N, E] for the decoder (from names, or if "mean", mean concepts),
-    names [N, E], concepts [K, E] (class after class); and sizes, how many concepts a class has."""
-    text = names = encode_text(clip, list(classes))
+    by_name [N, E], concepts [K, E] (class after class); and sizes, the concepts per class."""
+    text = by_name = encode_text(clip, list(classes))
     groups = list(classes.values()) if definitions else [[name] for name in classes]
     concepts, sizes = encode_text(clip, sum(groups, [])), [len(group) for group in groups]
     if decoder_text == "mean":  # the mean is taken BEFORE normalising, as the authors do
         text = torch.stack([group.mean(0) for group in concepts.split(sizes)])
-    return *(F.normalize(t, dim=-1) for t in (text, names, concepts)), sizes
+    return *(F.normalize(t, dim=-1) for t in (text, by_name, concepts)), sizes
 
 # 3. Dense CLIP (paper: Vision-Language Pre-training): how do we get an embedding for every patch? -
-# CLIP's image embedding is read from the class token. In the last block its attention takes a
-# weighted mean of all tokens' VALUE vectors, and what the rest of the block makes of that mean was
+# CLIP's image embedding is read from the class token. In the last block, attention averages all
+# tokens' VALUE vectors for it; the mean passes a projection and the MLP, and what comes out was
 # aligned with text. MaskCLIP (Zhou et al., ECCV 2022) found that a single patch's own value vector,
-# sent through the rest of the block, then lies close to the text of what the patch shows. This
-# "value path" replaces attention by the token's own value; the context that this one block would
-# have added is lost. The decoder also needs to know where things end. Two skip maps (shallow: of
-# block 0, deep: of block 4 of 12) tell it: there, a patch still describes its own pixels. The
-# authors use value paths for these, too, and give no reason; ours: attention would blur the maps.
+# sent the same way, lies close to the text of what the patch shows. This "value path" replaces
+# attention by the token's own value; the context that this one block would have added is lost.
+# The decoder also needs to know where things end. Two skip maps (shallow: of block 0, deep: of
+# block 4 of 12) tell it: there, a patch still describes its own pixels. The authors use value paths
+# for these, too, and give no reason; ours: attention would blur the maps.
+
 class LeanQuickGELU(nn.Module):
     """x sigmoid(1.702 x), as silu(1.702 x) / 1.702: the backward pass keeps one tensor, not two."""
     def forward(self, x):
@@ -234,9 +235,9 @@ def resize_position(position: torch.Tensor, old: tuple, new: tuple) -> torch.Ten
 class DenseCLIP(nn.Module):
     """The visual tower of a plain open_clip ViT (else ValueError), as an encoder of patches.
     visual: `open_clip.create_model(...).visual`; modified in place, so use it once. grid: (gh,
-    gw) to which the position embedding is resized once; other image sizes interpolate from that.
-    authors: exact GELU and LayerNorm eps 1e-6, as in the authors' code and for their weights;
-    OpenAI's CLIP has QuickGELU and 1e-5. mean, std: of image colours, by default CLIP's."""
+    gw) at which the position embedding trains; other image sizes interpolate from it. authors:
+    exact GELU and LayerNorm eps 1e-6, with which the authors ran and trained OpenAI's weights;
+    those were made with QuickGELU and 1e-5. mean, std: of image colours, by default CLIP's."""
     def __init__(self, visual, grid=None, authors=False, mean=None, std=None):
         super().__init__()
         parts = open_clip.transformer
@@ -285,7 +286,7 @@ class DenseCLIP(nn.Module):
 # CLIP has learned from whole images, so it is poor at saying where things are. Attention and the
 # position embedding decide that, so they train; all else is frozen, above all the MLPs, which are
 # thought to store what CLIP knows.
-# It buys nothing on the toy world, whose runs are short: 66.5; training all gives 66.8, none 66.0.
+# It buys nothing in the toy's short runs: 66.5 with it, 66.8 if all trains, 66.0 if nothing does.
 def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
     """Sets what trains in the ViT: "spatial" (29.1 of 86.8 million parameters of ViT-B/16 at crop
     512), "all" or "none". To be called before `make_optimizer` and `frozen_copy`."""
@@ -299,7 +300,7 @@ def frozen_copy(module: nn.Module) -> nn.Module:
     """A copy that gets no gradients. It copies the parameters that train and shares all others, two
     thirds of the ViT. If one of those were trained later, the copy would change, too."""
     shared = {id(p): p for p in module.parameters() if not p.requires_grad}
-    # deepcopy takes what is in its memo for copied already, and returns it as it is.
+    # deepcopy returns what it finds in its memo instead of copying it.
     return copy.deepcopy(module, memo=shared).requires_grad_(False).eval()
 
 # 5. Decoders (paper: Language-Guided Decoder): how does "similar to this text" become a mask? -----
@@ -307,7 +308,7 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 # decoder's batch has B*N items, one per image and class: a map of one channel, the similarity of
 # every patch to the class's text. The same weights clean up the map of any class, so they learn
 # from all classes and work for any number of them. The price is N times the convolutions.
-# It buys: 66.5 instead of DeepLabV3+'s 60.9; without frozen CLIP's losses 62.7 instead of 42.0.
+# It buys: 66.5 with it, 60.9 with DeepLabV3+. Without frozen CLIP's losses: 62.7 and 42.0.
 #     dense [B, E, gh, gw], text [N, E]
 #     -> cosine_maps               [B, N, gh, gw]
 #     -> spatial reasoning         [B, N, C, gh, gw]     within each class: 7 x 7 conv, ASPP
@@ -325,7 +326,7 @@ def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         return torch.einsum("behw,ne->bnhw", dense, text)
 
 def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=None) -> nn.Sequential:
-    """Convolution that keeps the size, norm, ReLU. Default: GroupNorm of about 16 channels each."""
+    """Convolution that keeps the size, norm, ReLU. Default: GroupNorm of ~16 channels a group."""
     norm = norm(c_out) if norm else nn.GroupNorm(math.gcd(max(1, c_out // 16), c_out), c_out)
     padding = dilation * (kernel // 2)
     conv = nn.Conv2d(c_in, c_out, kernel, padding=padding, dilation=dilation, bias=False)
@@ -334,7 +335,7 @@ def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=None) -> nn.Sequential:
 
 def conv_by_parts(conv: nn.Conv2d, parts: list[torch.Tensor]) -> list[torch.Tensor]:
     """Tensors whose sum is conv(torch.cat(parts, dim=1)), if conv has no bias, stride or dilation.
-    A part shared by all classes (1 x 1 kernel: by all places) is convolved once, then broadcast."""
+    A skip map (all classes share it) or a 1 x 1 mean is convolved once; the sum broadcasts it."""
     weights = conv.weight.split([part.shape[1] for part in parts], dim=1)
     return [F.conv2d(part, w, padding=conv.padding) for part, w in zip(parts, weights)]
 
@@ -350,11 +351,11 @@ class ASPP(nn.Module):
     def forward(self, x):
         whole = self.pooled(x.mean((2, 3), keepdim=True))  # [., width, 1, 1], one for all places
         conv, norm, relu = self.project
-        return relu(norm(sum(conv_by_parts(conv, [b(x) for b in self.branches] + [whole]))))
+        return relu(norm(sum(conv_by_parts(conv, [*(b(x) for b in self.branches), whole]))))
 
 class SemanticReasoning(nn.Module):
     """Classes against each other: a transformer layer whose sequence is the N classes at a place.
-    x [B, N, C, gh, gw], projected text [N, C] -> same shape. A strong "cat" can weaken "boat".
+    x [B, N, C, gh, gw], projected text [N, C] -> x's shape. A strong "cat" can weaken "boat".
     The text tells the layer which class a sequence item is; no weight belongs to one class."""
     def __init__(self, C: int):
         super().__init__()
@@ -371,10 +372,10 @@ class SemanticReasoning(nn.Module):
         tokens = self.layer(torch.cat([tokens, text], dim=2))[..., :C]  # [B*ph*pw, N, C]
         pooled = tokens.unflatten(0, (B, *pooled.shape[2:])).permute(0, 3, 4, 1, 2)  # [B,N,C,ph,pw]
         refined = F.interpolate(pooled.flatten(0, 1), (gh, gw), mode="bilinear", align_corners=True)
-        return x + refined.unflatten(0, (B, N))  # also a residual in the layer, as the authors do
+        return x + refined.unflatten(0, (B, N))  # second residual: the layer has its own
 
 class UpStage(nn.Module):
-    """Doubles the resolution and adds detail from a skip map, which all classes share:
+    """Doubles the resolution, then joins a skip map that all classes share (in all c_in channels):
     x [B*N, c_in, a, b], skip [B, c_skip, ., .] -> [B*N, c_out, 2a, 2b]."""
     def __init__(self, c_in: int, c_skip: int, c_out: int):
         super().__init__()
@@ -421,8 +422,8 @@ class LanguageGuidedDecoder(nn.Module):
         maps = self.up2(self.up1(x.flatten(0, 1), deep), shallow)  # [B*N, C/4, 4gh, 4gw]
         return self.head(maps).view(*x.shape[:2], *maps.shape[2:])
     def by_classes(self, function, x, *shared):
-        """function(x, *shared) on a few classes of x [B, N, ...] at a time, which saves memory; in
-        training only with `recompute` (backward repeats each forward): else autograd keeps all."""
+        """function(x, *shared) on a few classes of x [B, N, ...] at a time, to save memory. In
+        training autograd keeps all, unless `recompute` makes backward repeat each forward."""
         if self.recompute and torch.is_grad_enabled():
             function = partial(torch.utils.checkpoint.checkpoint, function, use_reentrant=False)
         parts = x.split(max(1, MAPS_AT_ONCE // len(x)), dim=1)
@@ -451,11 +452,11 @@ class VisionDecoder(nn.Module):
 # 6. Three networks: student, frozen CLIP (paper: Dense CLIP Guidance), EMA teacher ----------------
 # Who tells the student what to say where there is no mask? The teacher gets better, but it learns
 # from the student, so it can confirm the student's mistakes. Frozen CLIP is coarse, but constant.
-# They buy: guidance 3.8 (62.7 without it); the EMA teacher, taken from UniMatch V2, nothing here.
+# They buy: 66.5 with frozen CLIP's losses, 62.7 without; EMA (on as in UniMatch V2): 66.5 and 66.5.
 class SemiVL(nn.Module):
     """Images -> logits: dense CLIP, an optional convolutional skip, a decoder.
     text: [N, E], one embedding a class. conv: images -> list whose last map [B, 256, H/4, W/4]
-    replaces the shallow skip. Cityscapes has one: a patch of 16 pixels loses poles and the like."""
+    replaces the shallow skip. Cityscapes uses it: a patch of 16 pixels loses poles and the like."""
     def __init__(self, clip: DenseCLIP, decoder: nn.Module, text: torch.Tensor, conv=None):
         super().__init__()
         self.clip, self.decoder, self.conv = clip, decoder, conv
@@ -531,22 +532,22 @@ def read_image(file: Path) -> torch.Tensor:
             image = ImageOps.exif_transpose(image)
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
-def read_mask(file: Path, values: dict[int, int], colours: bool = False) -> torch.Tensor:
-    """PNG, BMP or TIFF -> uint8 [H, W]. values: pixel (with `colours` 65536 r + 256 g + b) -> class
+def read_mask(file: Path, values: dict[int, int], rgb: bool = False) -> torch.Tensor:
+    """PNG, BMP or TIFF -> uint8 [H, W]. values: pixel (with `rgb` 65536 r + 256 g + b) -> class
     number or IGNORE. ValueError for other pixels, and for a format that may have changed them."""
     with blame(file), Image.open(file) as image:
         # PIL rescales 2- and 4-bit grey and 16-bit colour: repr(tile) then has "L;4" or "RGB;16B".
         lossy = re.search("[ABLR];|jpeg", f"{image.tile} {image.info.get('compression')}")
-        modes = ("P", "L", "RGB", "RGBA") if colours else ("P", "L", "I", "I;16")
+        modes = ("P", "L", "RGB", "RGBA") if rgb else ("P", "L", "I", "I;16")
         require(image.format in ("PNG", "BMP", "TIFF") and image.mode in modes and not lossy,
                 f"{image.format} of mode {image.mode}; save class numbers as palette or 8-bit grey "
                 "PNG (JPEG, GIF, 2 and 4 bits change them), or list 'colors' in dataset.json")
         # Unconverted, a palette PNG gives its numbers; converted, the colours of its palette.
-        mask = np.array(image.convert("RGB")) @ (65536, 256, 1) if colours else np.array(image)
+        mask = np.array(image.convert("RGB")) @ (65536, 256, 1) if rgb else np.array(image)
         found, place, counts = np.unique(mask, return_inverse=True, return_counts=True)
         for value, count in zip(found.tolist(), counts.tolist()):
             require(value in values, f"{count} pixels hold "
-                    f"{[*value.to_bytes(3, 'big')] if colours else value}, which in dataset.json "
+                    f"{[*value.to_bytes(3, 'big')] if rgb else value}, which in dataset.json "
                     "is no class and not the ignore_index")
         numbers = np.uint8([values[value] for value in found.tolist()])
         return torch.from_numpy(numbers[place].reshape(mask.shape))
@@ -571,14 +572,14 @@ class Folder:  # a data set on disk
     path: Path
     classes: dict[str, list[str]]  # name -> concepts, in the order of class numbers
     values: dict[int, int]  # what its masks hold -> class number or IGNORE
-    colours: bool  # whether its masks hold colours
+    rgb: bool  # whether its masks hold colours
     train: list[tuple]  # entries; the mask may be None
     val: list[tuple]  # entries
     test: list[tuple]  # entries; may be empty
     def image(self, entry: tuple) -> torch.Tensor:
         return read_image(self.path / entry[0])
     def mask(self, entry: tuple) -> torch.Tensor:
-        return read_mask(self.path / entry[1], self.values, self.colours)
+        return read_mask(self.path / entry[1], self.values, self.rgb)
     def check(self, lists: dict[str, list]) -> None:
         """Opens every file that will be used; lists: title -> entries. Prints the pixels of each
         class, and what looks like a mistake. Raises ValueError with up to 20 problems."""
@@ -610,7 +611,7 @@ class Folder:  # a data set on disk
                     'more, or, if black is 0 and white 255, give "colors": {NAME: 0, NAME: 255}')
         if turned:
             say(f"note: EXIF orientation turns {turned} images; are their masks upright?")
-        for titles in sorted({titles for titles in titles_of.values() if len(titles) > 1}):
+        for titles in sorted({t for t in titles_of.values() if len(t) > 1}):
             files = [file for file in titles_of if titles_of[file] == titles]
             say(f"note: {len(files)} images are {' and '.join(titles)}: {', '.join(files[:3])}")
 
@@ -635,17 +636,17 @@ def open_data(cfg: Config) -> Folder:
         require({*colors} in ({*names}, set()), "'colors' must have an entry for each class")
         require(all(isinstance(v, int) or isinstance(v, list) and len(v) == 3 for v in (
             ignore, *colors.values())), "'ignore_index', and each of 'colors': [r, g, b] or number")
-        colours = any(isinstance(color, list) for color in colors.values())
+        rgb = any(isinstance(color, list) for color in colors.values())
         values = {packed(colors.get(name, n)): n for n, name in enumerate(names)}
         # If masks hold colours, the number 255 ignores nothing: as a colour it would be blue.
-        ignore = -1 if colours and not isinstance(ignore, list) else ignore
+        ignore = -1 if rgb and not isinstance(ignore, list) else ignore
         values[packed(ignore)] = IGNORE
         require(len(values) == len(names) + 1, f"ignore_index {ignore} is a class, too, or two "
                 "classes look alike; -1 ignores nothing, 'colors' says which value is which class")
     test = read_list(path, "test.txt", True) if (path / "splits/test.txt").exists() else []
     train, val = read_list(path, "train.txt", False), read_list(path, "val.txt", True)
     classes = {name: concepts.get(name, [name]) for name in names}
-    return Folder(path, classes, values, colours, train, val, test)
+    return Folder(path, classes, values, rgb, train, val, test)
 
 def draw_labelled(folder: Folder, count: int, seed: int) -> list[tuple]:
     """The labelled entries: those of splits/COUNT/labeled.txt, or `count` drawn from train.txt. A
@@ -654,10 +655,10 @@ def draw_labelled(folder: Folder, count: int, seed: int) -> list[tuple]:
         return read_list(folder.path, f"{count}/labeled.txt", True)
     with_mask = [*dict(entry for entry in folder.train if entry[1]).items()]  # each image once
     require(count <= len(with_mask), f"--labels {count}: only {len(with_mask)} images have masks")
-    classes = lru_cache(None)(lambda i: {*folder.mask(with_mask[i]).unique().tolist()} - {IGNORE})
+    shown = lru_cache(None)(lambda i: {*folder.mask(with_mask[i]).unique().tolist()} - {IGNORE})
     rng = np.random.default_rng(seed)
     draws = [rng.choice(len(with_mask), count, replace=False).tolist() for _ in range(100)]
-    best = max(progress(draws, "look at masks"), key=lambda d: len(set().union(*map(classes, d))))
+    best = max(progress(draws, "look at masks"), key=lambda d: len(set().union(*map(shown, d))))
     return [with_mask[i] for i in best]
 
 def scaled_size(height: int, width: int, scale: float) -> list[int]:
@@ -681,7 +682,7 @@ def scale_crop_flip(image: torch.Tensor, mask: torch.Tensor, cfg: Config):
     the flip a small image is padded at the right and bottom: black, IGNORE in the mask."""
     crop, size = cfg.crop, random_size(*mask.shape, cfg)
     image = VF.resize(image, size, antialias=True)
-    # These differ by half a pixel: cv2's nearest, the authors' with `fit`, and PIL's, without.
+    # The authors use cv2's nearest with `fit`, PIL's without: they differ by half a pixel.
     nearest = v2.InterpolationMode.NEAREST if cfg.fit else v2.InterpolationMode.NEAREST_EXACT
     mask = VF.resize(mask[None], size, interpolation=nearest)
     pad = [0, 0, max(crop - size[1], 0), max(crop - size[0], 0)]  # left, top, right, bottom
@@ -692,11 +693,11 @@ def scale_crop_flip(image: torch.Tensor, mask: torch.Tensor, cfg: Config):
         image, mask = VF.horizontal_flip(image), VF.horizontal_flip(mask)
     return image, mask[0]
 
-strong_view = v2.Compose([  # uint8 [3, crop, crop] -> the same with other colours; no pixel moves
+strong_view = v2.Compose([  # uint8 [3, crop, crop] -> recoloured, perhaps blurred; nothing moves
     v2.RandomApply([v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)], 0.8),
     v2.RandomGrayscale(0.2),
     v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], 0.5)])
-# To add a view, add an entry with a new name. Its function moves no pixel and changes no input.
+# To add a view, add an entry with a new name. Its function moves no pixel and does not write to w.
 STRONG_VIEWS = {"s1": strong_view, "s2": strong_view}
 
 def cutmix_box(size: int) -> torch.Tensor:
@@ -711,7 +712,7 @@ def cutmix_box(size: int) -> torch.Tensor:
         if left + width <= size and top + height <= size:
             return torch.tensor([top, left, top + height, left + width])
 
-STREAM = 10**9  # seed * STREAM + i: augmentation of item i; + STREAM // 2: a micro-batch's dropout
+STREAM = 10**9  # seed * STREAM + i seeds item i (fits int64), STREAM // 2 above it seeds dropout
 
 class TrainingSet(Dataset):
     """Item i of a run, counted over epochs: x, w, s1, s2 uint8 [3, crop, crop]; y uint8, padding
@@ -752,8 +753,8 @@ class TrainingSet(Dataset):
 # the weak view w, and the student has to predict the same for strong views (s1, s2: recoloured; a
 # box of another image brings its labels along) and for w with half of its feature channels off (fp:
 # feature perturbation). The trap is confirmation bias: the student learns wrong pseudo-labels, and
-# the teacher from it. So unsure ones are dropped, and frozen CLIP, which learns nothing, adds its
-# labels; as their borders are coarse, lambda falls. Consistency alone costs DeepLabV3+ 6.4 (42.0).
+# the teacher follows. So unsure ones are dropped, and frozen CLIP, which does not follow, labels,
+# too; lambda falls, as its borders are coarse. L_s, L_fp alone: DeepLabV3+ 42.0 with, 48.4 without.
 class Targets(NamedTuple):
     """The targets of unlabelled images, per pixel, and where they count; all [B, H, W]."""
     label: torch.Tensor  # int64, the teacher's pseudo-label
@@ -791,7 +792,7 @@ def consistency_loss(logits, label, confidence, padding, conf_thresh=0.95, weigh
     logits [B, N, H, W]; label (int64), confidence, padding (bool) [B, H, W]. Weights: "pixel", 1 if
     its confidence reaches conf_thresh, else 0; "mean", the mean confidence of its image."""
     require(weighting in ("pixel", "mean"), "weighting: take pixel or mean")
-    valid, confidence = ~padding.bool(), confidence.detach()
+    valid = ~padding
     loss = F.cross_entropy(logits, label, reduction="none")  # [B, H, W]
     weight = (confidence >= conf_thresh).float()  # [B, H, W]
     if weighting == "mean":
@@ -842,7 +843,7 @@ def sliding_window(model, images, window: int, stride: int, mode: str = "logits"
     for top, next_top in zip(tops, [*tops[1:], H]):
         for left in lefts:
             logits = model(images[..., top:top + window, left:left + window])
-            if total is None:  # sum over windows; its first row is the image's row `top`
+            if total is None:  # a strip that slides down: its row 0 is the image's row `top`
                 total = logits.new_zeros(*logits.shape[:2], min(window, H), W, dtype=torch.float32)
             scores = logits.softmax(1) if mode == "probabilities" else logits
             total[:, :, :scores.shape[2], left:left + window] += scores
@@ -868,9 +869,9 @@ def segment(model, image: torch.Tensor, cfg: Config, device: torch.device) -> tu
         parts = []  # pairs of label and probability, from the top
         for scores in strips:  # [1, N, ., .]
             size = (H, W) if cfg.fit else scores.shape[2:]
-            # A softmax's largest value is exp(highest score - logsumexp of all). Both can be built
-            # up from eight classes at a time: all of them at once, at full size, would fill memory.
-            best = logsumexp = torch.full(size, -math.inf, device=device)
+            # A softmax's largest value is exp(best - lse), lse the logsumexp of scores. Both can
+            # be built from eight classes at a time: all of them, at full size, would fill memory.
+            best = lse = torch.full(size, -math.inf, device=device)
             label = torch.zeros(size, dtype=torch.uint8, device=device)
             for n in range(0, scores.shape[1], 8):
                 # Aligned corners here, but not in SemiVL.forward: both as in the authors' code.
@@ -878,9 +879,8 @@ def segment(model, image: torch.Tensor, cfg: Config, device: torch.device) -> tu
                 score, index = some[0].max(0)
                 label = torch.where(score > best, (index + n).byte(), label)
                 best = best.maximum(score)
-                logsumexp = logsumexp.logaddexp(some[0].logsumexp(0))
-            averaged = cfg.window_mode == "probabilities"  # then scores are probabilities already
-            parts.append((label, best if averaged else (best - logsumexp).exp()))
+                lse = lse.logaddexp(some[0].logsumexp(0))
+            parts += [(label, best if cfg.window_mode == "probabilities" else (best - lse).exp())]
     return tuple(torch.cat(part) for part in zip(*parts))
 
 def confusion_matrix(prediction, target, classes: int) -> torch.Tensor:
@@ -1009,28 +1009,28 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
         1, len(unlabelled or labelled) // cfg.batch))
     torch.manual_seed(cfg.seed)
     clip, clip_config = load_clip(cfg)
-    text, names, concepts, sizes = describe_classes(
+    text, by_name, concepts, sizes = describe_classes(
         clip, folder.classes, decoder_text=cfg.decoder_text, definitions=cfg.definitions)
     student = build_model(cfg, clip.visual, text, cfg.conv_weights).to(device).train()
     del clip  # the text tower has done its work
     frozen = frozen_copy(student.clip)  # before training, and before a checkpoint is loaded
     guidance = FrozenGuidance(frozen, concepts, sizes, cfg.guidance_conf_thresh).to(device)
-    by_names = FrozenGuidance(frozen, names, [1] * len(names)).to(device)  # only to compare
+    by_names = FrozenGuidance(frozen, by_name, [1] * len(by_name)).to(device)  # only to compare
     ema, optimizer = EMATeacher(student, cfg.ema), make_optimizer(student, cfg)
-    models = {f"CLIP by {'definitions' if cfg.definitions else 'names'}": guidance,
-              "SemiVL" if cfg.unlabelled else "labels only": ema.model}
+    compared = {f"CLIP by {'definitions' if cfg.definitions else 'names'}": guidance,
+                "SemiVL" if cfg.unlabelled else "labels only": ema.model}
     parallel = nn.parallel.DistributedDataParallel(student) if WORLD > 1 else student
-    modules = dict(student=student, model=ema.model, optimizer=optimizer)
+    stored = dict(student=student, model=ema.model, optimizer=optimizer)
     state, out = dict(step=0, last=-1.0, best=-1.0), Path(cfg.out)  # last, best: validation mIoU
     if saved:
         state = {key: saved[key] for key in state}
         with blame(f"{cfg.out}/last.pt"):
-            for name, module in modules.items():
+            for name, module in stored.items():
                 module.load_state_dict(saved[name])
     elif RANK == 0:
         log = open_log(out := new_run(cfg, labelled))
     def save(name):  # replaces the old file when the new one is complete
-        content = {key: module.state_dict() for key, module in modules.items()
+        content = {key: module.state_dict() for key, module in stored.items()
                    if key == "model" or name == "last.pt"}  # torch.save writes shared tensors once
         content |= dict(state, config=dataclasses.asdict(cfg), classes=folder.classes,
                         clip=clip_config, labelled=labelled, digest=digest)
@@ -1046,7 +1046,7 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
     data = TrainingSet(folder, labelled, unlabelled if cfg.unlabelled else [], cfg)
     loader = DataLoader(
         data, cfg.batch // WORLD, num_workers=min(cfg.workers, os.cpu_count() or 1),
-        sampler=range(state["step"] * cfg.batch + RANK, cfg.steps * cfg.batch, WORLD),  # items
+        sampler=range(state["step"] * cfg.batch + RANK, cfg.steps * cfg.batch, WORLD),
         pin_memory=cuda, worker_init_fn=ignore_signals)
     stop, seconds, clock = [], [], time.perf_counter()
     def on_signal(number, _):
@@ -1063,9 +1063,9 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
             group["lr"] = learning_rate(group["base_lr"], step, cfg.steps)
         guidance_weight = cfg.guidance * (1 - step / cfg.steps)
         # 3. Teacher and frozen CLIP label the weak views. CutMix changes images and targets alike;
-        # partners are the batch in reverse order (the middle image of an odd batch is not mixed).
+        # partners are this process's batch in reverse order (a middle image is not mixed).
         images, targets = {"x": batch["x"]}, {}  # view -> its images, and its targets
-        size = math.gcd(cfg.micro_batch, len(batch["x"]))  # of a chunk: it has to divide the share
+        size = math.gcd(cfg.micro_batch, len(batch["x"]))  # images in a chunk
         chunks = [slice(i, i + size) for i in range(0, len(batch["x"]), size)]
         if cfg.unlabelled:
             with autocast(cfg, device):
@@ -1075,7 +1075,7 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
             for view in data.views:
                 paste = lambda t: cutmix(t, t.flip(0), batch[f"{view}_box"])  # noqa: E731
                 images[view], targets[view] = paste(batch[view]), own.map(paste)
-            images["fp"], targets["fp"] = batch["w"], own  # last: so it is perturbed below
+            images["fp"], targets["fp"] = batch["w"], own  # last, so it is perturbed below
         # 4. The student predicts all views of a micro-batch in one forward; losses; backward.
         losses = {}
         for c in chunks:
@@ -1126,14 +1126,14 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
                 save("last.pt")
             if evaluate_now:
                 log.write(to_json(dict(step=step, val_miou=state["last"])))
-                save_sheet(out / "sheet.png", folder, models, cfg, device)
+                save_sheet(out / "sheet.png", folder, compared, cfg, device)
         if stopping:
             say(f"stopped after step {step}; go on by --resume {out}")
             raise KeyboardInterrupt
         clock = time.perf_counter()
     for number in (signal.SIGINT, signal.SIGTERM):  # the table below may be interrupted at once
         signal.signal(number, signal.default_int_handler)
-    report({"CLIP by names": by_names} | models, folder, cfg, device, out,
+    report({"CLIP by names": by_names} | compared, folder, cfg, device, out,
            val_last=state["last"], val_best=state["best"])
 
 def report(models: dict, folder: Folder, cfg: Config, device, out=None, **more) -> None:
@@ -1152,7 +1152,7 @@ def report(models: dict, folder: Folder, cfg: Config, device, out=None, **more) 
 def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
     """The CLIP that --clip, --clip-tag and --clip-weights name, and open_clip's config of it."""
     name, tag, weights = cfg.clip, cfg.clip_tag, cfg.clip_weights
-    if toy := name == "toy":
+    if toy := (name == "toy"):
         import data_prep
         name = name if weights else f"local-dir:{data_prep.prepare('toy', cfg.root)}"
     with blame(f"--clip {name}, {weights or tag} (or give --clip-weights FILE, or none)"):
