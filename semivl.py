@@ -3,7 +3,7 @@ Paper: Hoyer, Tan, Naeem, Van Gool, Tombari, "SemiVL", ECCV 2024, arXiv 2311.162
 
 A few images have masks, many have none, and CLIP connects words with images. One training step:
 
-    labelled image:          unlabelled image, randomly cropped:
+    labelled image, a crop:  unlabelled image, a crop:
     x and its mask y         weak view w --- two random recolourings -> strong views s1, s2
           |                   |         |                                      |
           |             EMA TEACHER and |                      CutMix: a box of another image
@@ -67,7 +67,7 @@ from tqdm import tqdm
 @dataclasses.dataclass
 class Config:
     """The options: `vit_lr` is --vit-lr, `conf_thresh` is --conf. --help shows the comments."""
-    dataset: str = "voc"  # toy (if not given), voc, coco, ade20k, cityscapes, or a FOLDER
+    dataset: str = "voc"  # toy, voc, coco, ade20k, cityscapes or FOLDER; no --dataset: toy
     labels: int = 92  # how many images are labelled; all others of train.txt are used without mask
     root: str = "data"  # folder in which the named data sets are kept
     crop: int = 512  # side of the training crop and of the test window, pixels
@@ -78,7 +78,7 @@ class Config:
     clip: str = "ViT-B-16-quickgelu"  # a plain ViT CLIP of open_clip; toy; or local-dir:FOLDER
     clip_tag: str = "openai"  # which of open_clip's pretrained weights
     clip_weights: str = ""  # FILE of CLIP weights; none: random; '': those of the tag
-    authors_clip: bool = False  # their GELU, LayerNorm eps and (without conv_skip) mean and std
+    authors_clip: bool = False  # GELU, LayerNorm eps, and (no conv_skip) mean, std of theirs
     decoder: Literal["language", "vision"] = "language"  # vision: DeepLabV3+
     decoder_channels: int = 128  # C of the language decoder; all of its widths follow
     decoder_text: Literal["names", "mean"] = "names"  # text of a class: name, or mean of concepts
@@ -95,7 +95,7 @@ class Config:
     steps: int = 0  # optimiser steps; 0: as many as --epochs has
     epochs: int = 80  # passes over the unlabelled images
     batch: int = 8  # labelled images per step, and as many unlabelled ones
-    micro_batch: int = 2  # labelled (and unlabelled) images per forward; losses are averaged
+    micro_batch: int = 2  # labelled images per forward; 3 views of as many unlabelled ones
     lr: float = 1e-3  # learning rate of the decoder
     vit_lr: float = 1e-6  # learning rate of the ViT, and of the stem of conv_skip
     weight_decay: float = 0.01  # AdamW's, on everything that trains
@@ -103,7 +103,7 @@ class Config:
     save_every: int = 500  # steps between two saves of last.pt
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: autocast; auto: bf16 on CUDA only
     recompute: bool = False  # the decoder takes less memory and more time
-    window_mode: Literal["logits", "probabilities"] = "logits"  # see sliding_window
+    window_mode: Literal["logits", "probabilities"] = "logits"  # see window_starts
     stride: int = 0  # stride of the test window, pixels; 0: 5/6 of the crop
     out: str = ""  # folder for what is written; '': runs/DATASET-LABELS, numbered if taken
     seed: int = 0  # for the labelled draw, weights, order and augmentation
@@ -127,7 +127,7 @@ PRESETS = {
     "ade20k": dict(labels=158, epochs=40, micro_batch=1, lr=4e-3, vit_lr=4e-7),
     "cityscapes": dict(labels=100, fit=False, crop=801, stride=534, steps=240 * 349, micro_batch=1,
                        lr=5e-4, vit_lr=5e-6, conv_skip=True, decoder_text="mean", weighting="mean",
-                       window_mode="probabilities")}  # 240 epochs of the 186-label list
+                       window_mode="probabilities")}  # 349 steps: 186 labels' epoch
 IGNORE = 255  # "no label" in every mask in memory, whatever value a folder's files have for it
 
 def require(condition, message: str) -> None:
@@ -144,8 +144,8 @@ def blame(what):
         reason = (getattr(error, "strerror", None) or "").lower() or str(error) or repr(error)
         raise ValueError(f"{what}: {' '.join(reason.split())[:300]}") from None
 
-RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if (
-    dist.is_torchelastic_launched()) else (0, 1)  # number of this process, of all (torchrun's)
+RANK, WORLD = (int(os.environ[name]) if dist.is_torchelastic_launched() else default
+               for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # this process; all of them
 TERMINAL = bool(sys.stderr) and sys.stderr.isatty()
 LINES = dict(miniters=1, mininterval=30, delay=30, bar_format="{desc}: {n_fmt} of {total_fmt}\n")
 progress = partial(tqdm, disable=RANK > 0 or not sys.stderr, leave=not TERMINAL,
@@ -191,9 +191,9 @@ def encode_text(clip: open_clip.CLIP, words: list[str]) -> torch.Tensor:
     return clip.eval().encode_text(tokens.to(clip.token_embedding.weight.device)).float()
 
 def describe_classes(clip, classes: dict[str, list], *, decoder_text="names", definitions=True):
-    """classes: name -> one concept or more; without `definitions` the name is the only concept.
-    Returns, L2-normalised, text [N, E] for the decoder (from names, or if "mean", mean concepts),
-    by_name [N, E], concepts [K, E] (class after class); and sizes, the concepts per class."""
+    """Texts of classes (name -> one concept or more), as L2-normalised vectors: text [N, E] for the
+    decoder (by name, or for "mean" the mean of the concepts), by_name [N, E], concepts [K, E] class
+    by class (without `definitions`: the names); and sizes, the number of concepts of each class."""
     text = by_name = encode_text(clip, list(classes))
     groups = list(classes.values()) if definitions else [[name] for name in classes]
     concepts, sizes = encode_text(clip, sum(groups, [])), [len(group) for group in groups]
@@ -202,8 +202,8 @@ def describe_classes(clip, classes: dict[str, list], *, decoder_text="names", de
     return *(F.normalize(t, dim=-1) for t in (text, by_name, concepts)), sizes
 
 # 3. Dense CLIP (paper: Vision-Language Pre-training): how do we get an embedding for every patch? -
-# CLIP's image embedding is read from the class token. In the last block, attention averages all
-# tokens' VALUE vectors for it; the mean passes a projection and the MLP, and what comes out was
+# CLIP's image embedding is read from the class token. In the last block, attention takes a weighted
+# mean of all tokens' VALUE vectors for it; a projection and the MLP follow, and the result was
 # aligned with text. MaskCLIP (Zhou et al., ECCV 2022) found that a single patch's own value vector,
 # sent the same way, lies close to the text of what the patch shows. This "value path" replaces
 # attention by the token's own value; the context that this one block would have added is lost.
@@ -237,7 +237,7 @@ class DenseCLIP(nn.Module):
     visual: `open_clip.create_model(...).visual`; modified in place, so use it once. grid: (gh,
     gw) at which the position embedding trains; other image sizes interpolate from it. authors:
     exact GELU and LayerNorm eps 1e-6, with which the authors ran and trained OpenAI's weights;
-    those were made with QuickGELU and 1e-5. mean, std: of image colours, by default CLIP's."""
+    OpenAI had QuickGELU and 1e-5. mean, std: of image colours, by default those of CLIP."""
     def __init__(self, visual, grid=None, authors=False, mean=None, std=None):
         super().__init__()
         parts = open_clip.transformer
@@ -284,8 +284,7 @@ class DenseCLIP(nn.Module):
 
 # 4. Spatial fine-tuning: which weights may learn without making CLIP forget? ----------------------
 # CLIP has learned from whole images, so it is poor at saying where things are. Attention and the
-# position embedding decide that, so they train; all else is frozen, above all the MLPs, which are
-# thought to store what CLIP knows.
+# position embedding decide that, so they train. MLPs are thought to store knowledge: they stay.
 # It buys nothing in the toy's short runs: 66.5 with it, 66.8 if all trains, 66.0 if nothing does.
 def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
     """Sets what trains in the ViT: "spatial" (29.1 of 86.8 million parameters of ViT-B/16 at crop
@@ -320,7 +319,7 @@ MAPS_AT_ONCE = 64  # `by_classes` runs about this many of the B*N maps at a time
 def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """Cosine similarity of places and texts: dense [B, E, gh, gw], text [N, E] -> [B, N, gh, gw].
     Normalises both (feature dropout has changed lengths), in float32 even under autocast: bf16
-    rounds a cosine by about 0.002, which guidance would turn into 0.2 of a logit."""
+    rounds a cosine by up to 0.001, which guidance would turn into 0.1 of a logit."""
     with torch.autocast(dense.device.type, enabled=False):
         dense, text = F.normalize(dense.float(), dim=1), F.normalize(text.float(), dim=1)
         return torch.einsum("behw,ne->bnhw", dense, text)
@@ -334,7 +333,7 @@ def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=None) -> nn.Sequential:
     return nn.Sequential(conv, norm, nn.ReLU(inplace=True))
 
 def conv_by_parts(conv: nn.Conv2d, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors whose sum is conv(torch.cat(parts, dim=1)), if conv has no bias, stride or dilation.
+    """Tensors whose sum is conv(torch.cat(parts, dim=1)), of a conv with neither bias nor stride.
     A skip map (all classes share it) or a 1 x 1 mean is convolved once; the sum broadcasts it."""
     weights = conv.weight.split([part.shape[1] for part in parts], dim=1)
     return [F.conv2d(part, w, padding=conv.padding) for part, w in zip(parts, weights)]
@@ -375,7 +374,7 @@ class SemanticReasoning(nn.Module):
         return x + refined.unflatten(0, (B, N))  # second residual: the layer has its own
 
 class UpStage(nn.Module):
-    """Doubles the resolution, then joins a skip map that all classes share (in all c_in channels):
+    """Doubles the resolution, then joins a skip map that all classes share; c_in channels in all:
     x [B*N, c_in, a, b], skip [B, c_skip, ., .] -> [B*N, c_out, 2a, 2b]."""
     def __init__(self, c_in: int, c_skip: int, c_out: int):
         super().__init__()
@@ -432,19 +431,19 @@ class LanguageGuidedDecoder(nn.Module):
         """dense [B, E, gh, gw], skips (shallow, deep), text [N, E] -> logits [B, N, 4gh, 4gw]."""
         x = self.by_classes(self.spatial_reasoning, cosine_maps(dense, text))
         x = self.semantic_reasoning(x, text)
-        shallow, deep = self.shallow_proj(skips[0]), self.deep_proj(skips[1])  # [B, ., ., .] each
+        shallow, deep = self.shallow_proj(skips[0]), self.deep_proj(skips[1])  # [B, C/8 | C/4, ...]
         return self.by_classes(self.upsampling, x, shallow, deep)
 
 class VisionDecoder(nn.Module):
     """The baseline without language: DeepLabV3+ at patch resolution on the same ViT.
     Logits [B, N, gh, gw]; text and shallow skip are ignored. Batch norm: to train it, B > 1."""
-    def __init__(self, embed_dim: int, skip_dim: int, classes: int, width: int = 64):
+    def __init__(self, embed_dim: int, skip_dim: int, num_classes: int, width: int = 64):
         super().__init__()
         layer = partial(conv_norm_relu, norm=nn.BatchNorm2d)
         self.aspp = ASPP(embed_dim, width, width, nn.BatchNorm2d)
         self.skip_proj = layer(skip_dim, 48, 1)
         self.fuse = nn.Sequential(layer(48 + width, 256, 3), layer(256, 256, 3))
-        self.head = nn.Conv2d(256, classes, 1)
+        self.head = nn.Conv2d(256, num_classes, 1)
     def forward(self, dense, skips, text=None):
         x = torch.cat([self.skip_proj(skips[1]), self.aspp(dense)], dim=1)  # [B, 48+width, gh, gw]
         return self.head(self.fuse(x))
@@ -527,7 +526,7 @@ def read_image(file: Path) -> torch.Tensor:
     """Any image file -> uint8 RGB [3, H, W], turned upright as its EXIF orientation says."""
     with blame(file), Image.open(file) as image:
         require(image.mode[0] not in "IF", f"mode {image.mode}; save it with 8 bits")  # PIL clips
-        image.load()  # pixels that are damaged raise an error here, and PIL may raise it only once
+        image.load()  # PIL may report damage only once, and `suppress` would swallow that
         with contextlib.suppress(Exception):  # damaged EXIF data: the image stays as it is stored
             image = ImageOps.exif_transpose(image)
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
@@ -607,7 +606,7 @@ class Folder:  # a data set on disk
             absent = [name for name, count in zip(self.classes, counts) if not count]
             if absent:
                 say(f"note: no {title} mask shows {', '.join(absent)}")
-            require(title != "labelled" or len(absent) + 1 < N, "that leaves no two classes; label "
+            require(title != "labelled" or len(absent) + 1 < N, "fewer than two are left; label "
                     'more, or, if black is 0 and white 255, give "colors": {NAME: 0, NAME: 255}')
         if turned:
             say(f"note: EXIF orientation turns {turned} images; are their masks upright?")
@@ -628,7 +627,8 @@ def open_data(cfg: Config) -> Folder:
         content |= json.loads((path / "dataset.json").read_text("utf-8-sig"))
         names, colors = content["classes"], content["colors"]
         ignore = content.get("ignore_index", -1 if colors else IGNORE)  # -1 ignores nothing
-        concepts = DEFINITIONS.get(cfg.dataset, content["definitions"])
+        known = {str([*definitions]): definitions for definitions in DEFINITIONS.values()}
+        concepts = content["definitions"] or known.get(str(names), {})
         require(all(isinstance(words, list) and {*map(type, words)} == {str} for words in (
             names, *concepts.values())), "'classes', and each of 'definitions', is a list of names")
         require(1 < len({*names}) == len(names) <= IGNORE and {*concepts} <= {*names}, "2 to "
@@ -705,18 +705,18 @@ def cutmix_box(size: int) -> torch.Tensor:
     if torch.rand(()) < 0.5:
         return torch.zeros(4, dtype=torch.long)
     area = float(torch.empty(()).uniform_(0.02, 0.4)) * size * size
-    while True:  # with the same area until the box fits: a new area would favour small boxes
+    while True:  # the area stays: drawing it anew would favour small boxes
         ratio = float(torch.empty(()).uniform_(0.3, 1 / 0.3))
         width, height = int(math.sqrt(area / ratio)), int(math.sqrt(area * ratio))
         top, left = torch.randint(size, (2,)).tolist()
         if left + width <= size and top + height <= size:
             return torch.tensor([top, left, top + height, left + width])
 
-STREAM = 10**9  # seed * STREAM + i seeds item i (fits int64), STREAM // 2 above it seeds dropout
+STREAM = 10**9  # item i: seed * STREAM + i; its dropout: STREAM // 2 more; seed < 9e9 fits int64
 
 class TrainingSet(Dataset):
     """Item i of a run, counted over epochs: x, w, s1, s2 uint8 [3, crop, crop]; y uint8, padding
-    bool [crop, crop]; s1_box, s2_box int64 [4]; files, a string. It depends on (seed, i) alone, so
+    bool [crop, crop]; s1_box, s2_box int64 [4]; files, a string. An item depends on (seed, i), so
     a run is the same with any number of workers, and a resumed run goes on as it would have."""
     def __init__(self, folder: Folder, labelled: list, unlabelled: list, cfg: Config):
         self.folder, self.labelled, self.unlabelled, self.cfg = folder, labelled, unlabelled, cfg
@@ -748,15 +748,15 @@ class TrainingSet(Dataset):
 #             + lambda (1/2 mean over strong views of G_s + 1/2 G_fp)   (this line: SemiVL's)
 # with lambda = --guidance * (1 - step/steps). So the weights are 1/2 for L_x, 1/8 each for L_s1 and
 # L_s2, 1/4 for L_fp, lambda/4 each for G_s1 and G_s2, lambda/2 for G_fp.
-# L_x: cross-entropy with the mask. L_s, L_fp: with the teacher's pseudo-labels. G_s, G_fp: with the
-# labels of frozen CLIP. The mask of an image does not depend on its colours. So the teacher labels
-# the weak view w, and the student has to predict the same for strong views (s1, s2: recoloured; a
-# box of another image brings its labels along) and for w with half of its feature channels off (fp:
-# feature perturbation). The trap is confirmation bias: the student learns wrong pseudo-labels, and
-# the teacher follows. So unsure ones are dropped, and frozen CLIP, which does not follow, labels,
-# too; lambda falls, as its borders are coarse. L_s, L_fp alone: DeepLabV3+ 42.0 with, 48.4 without.
+# L_x: cross-entropy with the mask. L_s, L_fp: with the teacher's pseudo-labels. G_s, G_fp: with
+# frozen CLIP's labels. An image's mask does not depend on its colours. So the teacher labels w,
+# and the student has to predict these labels in s1 and s2, which are recoloured and hold a box of
+# another image with its labels, and in w with half of its feature channels off (fp: feature
+# perturbation). The trap is confirmation bias: the student learns wrong labels, and the teacher
+# follows. So unsure labels are dropped, and frozen CLIP, which does not follow, gives labels, too;
+# as their borders are coarse, lambda falls. DeepLabV3+: 48.4 without L_s and L_fp, 42.0 with them.
 class Targets(NamedTuple):
-    """The targets of unlabelled images, per pixel, and where they count; all [B, H, W]."""
+    """The targets of unlabelled images, per pixel; all [B, H, W]."""
     label: torch.Tensor  # int64, the teacher's pseudo-label
     confidence: torch.Tensor  # float32, its probability
     padding: torch.Tensor  # bool, True where the crop holds no image
@@ -789,8 +789,8 @@ def supervised_loss(logits, y):
 def consistency_loss(logits, label, confidence, padding, conf_thresh=0.95, weighting="pixel"):
     """Cross-entropy with pseudo-labels: sum of weight * loss over non-padding pixels, divided by
     their number (not by the weights' sum, so an image with few confident pixels counts less).
-    logits [B, N, H, W]; label (int64), confidence, padding (bool) [B, H, W]. Weights: "pixel", 1 if
-    its confidence reaches conf_thresh, else 0; "mean", the mean confidence of its image."""
+    logits [B, N, H, W]; label (int64), confidence, padding (bool) [B, H, W]. Weights: "pixel", 1
+    where confidence reaches conf_thresh, else 0; "mean", the image's mean confidence."""
     require(weighting in ("pixel", "mean"), "weighting: take pixel or mean")
     valid = ~padding
     loss = F.cross_entropy(logits, label, reduction="none")  # [B, H, W]
@@ -801,8 +801,8 @@ def consistency_loss(logits, label, confidence, padding, conf_thresh=0.95, weigh
     return torch.where(valid, loss * weight, 0).sum() / valid.sum().clamp(min=1)
 
 def guidance_loss(logits, clip_label):
-    """Cross-entropy of logits [B, N, H, W] with frozen CLIP's labels [B, H, W]: sum over its labels
-    divided by ALL pixels, padding too, as in the authors' code."""
+    """Cross-entropy of logits [B, N, H, W] with frozen CLIP's labels [B, H, W]: sum over the
+    pixels it labels / ALL pixels, padding too, as in the authors' code."""
     loss = F.cross_entropy(logits, clip_label, ignore_index=IGNORE, reduction="sum")
     return loss / clip_label.numel()
 
@@ -835,8 +835,8 @@ def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
 @torch.no_grad()
 def sliding_window(model, images, window: int, stride: int, mode: str = "logits"):
     """Runs the model (images -> logits) on overlapping windows, as the ViT works best at the size
-    of its training, and averages logits or probabilities. images [B, 3, H, W]; window, stride <=
-    window in pixels. Yields strips of complete rows, [B, N, rows, W]: memory may not hold all."""
+    of its training, and averages logits or probabilities. images [B, 3, H, W]; stride <= window,
+    in pixels. Yields strips of complete rows, [B, N, rows, W]: memory may not hold all."""
     H, W = images.shape[2:]
     tops, lefts = window_starts(H, window, stride, mode), window_starts(W, window, stride, mode)
     total, count = None, images.new_zeros(H, W)
@@ -930,7 +930,7 @@ def autocast(cfg: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 def learning_rate(base: float, step: int, steps: int) -> float:
-    """DeepLab's polynomial decay. Steps 0 and 1 both run at the base rate, as the authors' do."""
+    """DeepLab's polynomial decay. Steps 0 and 1 both run at the base rate, as published."""
     return base * (1 - max(step - 1, 0) / steps) ** 0.9
 
 def make_optimizer(student: SemiVL, cfg: Config) -> torch.optim.AdamW:
@@ -954,7 +954,7 @@ def new_run(cfg: Config, labelled: list) -> Path:
     path = base = Path(cfg.out or f"runs/{Path(cfg.dataset).resolve().name}-{cfg.labels}")
     for number in range(2, 10**4):
         with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)  # of two runs that start at once, one gets the error
+            path.mkdir(parents=True)  # of two runs that start at once, one takes the next name
             break
         require(not cfg.out, f"--out {path} exists")
         path = base.with_name(f"{base.name}-{number}")
@@ -985,13 +985,13 @@ def say_table(corner: str, rows: list[str], columns: dict, form: str) -> None:
         say(f"{name:{wide}}" + "".join(f"{cell:>20}" for cell in row))
 
 def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, log=None) -> None:
-    """A whole run. folder: instead of --dataset. saved, log: last.pt and log of a run to go on."""
+    """A whole run. folder: instead of --dataset. saved, log: last.pt and open log, to resume."""
     # 1. Device, data, CLIP and the words it reads, three networks, optimiser; resume.
     device, folder = pick_device(cfg.device), folder or open_data(cfg)
     cuda = device.type == "cuda"
     require(RANK or saved or not cfg.out or not Path(cfg.out).exists(), f"--out {cfg.out} exists")
     labelled = saved["labelled"] if saved else draw_labelled(folder, cfg.labels, cfg.seed)
-    taken = dict(labelled)
+    taken = {image for image, _ in labelled}
     unlabelled = [(image, None) for image, _ in folder.train if image not in taken]
     require(unlabelled or not cfg.unlabelled, "no image is left unlabelled: add --unlabelled off")
     require(cfg.batch % WORLD == 0, f"--batch {cfg.batch} cannot be shared by {WORLD} processes")
@@ -1017,10 +1017,10 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
     guidance = FrozenGuidance(frozen, concepts, sizes, cfg.guidance_conf_thresh).to(device)
     by_names = FrozenGuidance(frozen, by_name, [1] * len(by_name)).to(device)  # only to compare
     ema, optimizer = EMATeacher(student, cfg.ema), make_optimizer(student, cfg)
-    compared = {f"CLIP by {'definitions' if cfg.definitions else 'names'}": guidance,
-                "SemiVL" if cfg.unlabelled else "labels only": ema.model}
+    by = "CLIP by definitions" if cfg.definitions else "CLIP by names"
+    compared = {by: guidance, "SemiVL" if cfg.unlabelled else "labels only": ema.model}
     parallel = nn.parallel.DistributedDataParallel(student) if WORLD > 1 else student
-    stored = dict(student=student, model=ema.model, optimizer=optimizer)
+    stored = dict(student=student, model=ema.model, optimizer=optimizer)  # "model": the teacher
     state, out = dict(step=0, last=-1.0, best=-1.0), Path(cfg.out)  # last, best: validation mIoU
     if saved:
         state = {key: saved[key] for key in state}
@@ -1040,15 +1040,15 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
     say(f"{len(labelled)} labelled, {len(unlabelled)} unlabelled, {len(folder.val)} validation, "
         f"{len(folder.test)} test images; {cfg.steps} steps on {device}; writes to {out}")
     if not saved:
-        zero_shot = [evaluate(model, folder, folder.val[:100], cfg, device).nanmean()
-                     for model in (by_names, guidance)]
-        say("frozen CLIP: mIoU %.1f by names, %.1f by definitions (validation)" % tuple(zero_shot))
+        for title, model in {"CLIP by names": by_names, by: guidance}.items():
+            miou = evaluate(model, folder, folder.val[:100], cfg, device).nanmean()
+            say(f"frozen {title}: mIoU {miou:.1f} (first 100 validation images)")
     data = TrainingSet(folder, labelled, unlabelled if cfg.unlabelled else [], cfg)
     loader = DataLoader(
         data, cfg.batch // WORLD, num_workers=min(cfg.workers, os.cpu_count() or 1),
         sampler=range(state["step"] * cfg.batch + RANK, cfg.steps * cfg.batch, WORLD),
         pin_memory=cuda, worker_init_fn=ignore_signals)
-    stop, seconds, clock = [], [], time.perf_counter()
+    stop, times, clock = [], [], time.perf_counter()
     def on_signal(number, _):
         stop.append(number)
         signal.signal(number, signal.default_int_handler)  # the second one ends the program at once
@@ -1065,12 +1065,12 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
         # 3. Teacher and frozen CLIP label the weak views. CutMix changes images and targets alike;
         # partners are this process's batch in reverse order (a middle image is not mixed).
         images, targets = {"x": batch["x"]}, {}  # view -> its images, and its targets
-        size = math.gcd(cfg.micro_batch, len(batch["x"]))  # images in a chunk
-        chunks = [slice(i, i + size) for i in range(0, len(batch["x"]), size)]
+        micro = math.gcd(cfg.micro_batch, len(batch["x"]))  # images of a micro-batch, here
+        chunks = [slice(i, i + micro) for i in range(0, len(batch["x"]), micro)]
         if cfg.unlabelled:
             with autocast(cfg, device):
                 parts = [make_targets(ema.model, guidance if cfg.guidance else None, w / 255, p)
-                         for w, p in zip(batch["w"].split(size), batch["padding"].split(size))]
+                         for w, p in zip(batch["w"].split(micro), batch["padding"].split(micro))]
             own = Targets(*map(torch.cat, zip(*parts)))  # [batch, H, W] each
             for view in data.views:
                 paste = lambda t: cutmix(t, t.flip(0), batch[f"{view}_box"])  # noqa: E731
@@ -1082,11 +1082,11 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
             parallel.require_backward_grad_sync = c is chunks[-1]  # DDP: average once per step
             offset = step * cfg.batch + RANK * len(batch["x"]) + c.start
             torch.manual_seed(cfg.seed * STREAM + STREAM // 2 + offset)  # of feature dropout
-            pixels = torch.cat([t[c] for t in images.values()]) / 255  # [len(images) * size, ...]
+            pixels = torch.cat([t[c] for t in images.values()]) / 255  # [views * micro, ...]
             with autocast(cfg, device):
-                logits = parallel(pixels, num_perturbed=size if targets else 0)  # "fp" comes last
+                logits = parallel(pixels, num_perturbed=micro if targets else 0)  # "fp" comes last
             terms = semivl_loss(
-                dict(zip(images, logits.split(size))), batch["y"][c].long(),
+                dict(zip(images, logits.split(micro))), batch["y"][c].long(),
                 {view: t.map(lambda a: a[c]) for view, t in targets.items()},
                 guidance_weight, cfg.conf_thresh, cfg.weighting)
             (terms["total"] / len(chunks)).backward()
@@ -1098,22 +1098,22 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
             losses["kept"] = sure.sum() / (~own.padding).sum().clamp(min=1)
         means = sum_over_processes(torch.stack([*losses.values()]) / WORLD).tolist()
         line = dict(zip(losses, means), lr=[group["lr"] for group in optimizer.param_groups])
-        require(math.isfinite(line["total"]), f"step {step}: the loss is {line['total']}. Lower "
-                f"--lr, or look at these files: {' '.join(files)}")
+        require(math.isfinite(line["total"]), f"step {step + 1}: the loss is {line['total']}. "
+                f"Lower --lr, or look at these files: {' '.join(files)}")
         optimizer.step()
         optimizer.zero_grad()
         for buffer in student.buffers() if WORLD > 1 else ():
             dist.broadcast(buffer, 0)  # batch-norm statistics: each process had its own
         ema.update(student, step)
         # 6. Log; now and then evaluate, draw, save.
-        line["step"] = state["step"] = step = step + 1
-        line["seconds"] = time.perf_counter() - clock
-        seconds.append(line["seconds"])
+        state["step"] = step = step + 1
+        times.append(time.perf_counter() - clock)
+        line |= dict(step=step, seconds=times[-1])
         evaluate_now = step % math.ceil(cfg.steps / cfg.evals) == 0 or step == cfg.steps
         if evaluate_now:
             state["last"] = float(evaluate(ema.model, folder, folder.val, cfg, device).nanmean())
-            say(f"step {step}: loss {line['total']:.3f}, kept {line.get('kept', 0):.2f}, mIoU "
-                f"{state['last']:.1f} (validation), {np.median(seconds[1:] or seconds):.3g} s/step"
+            say(f"step {step}: loss {line['total']:.3f}, kept {line.get('kept', math.nan):.2f}, "
+                f"validation mIoU {state['last']:.1f}, {np.median(times[1:] or times):.3g} s/step"
                 + (f", {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if cuda else ""))
         better, state["best"] = state["last"] > state["best"], max(state["best"], state["last"])
         # 7. After a signal to any process, process 0 saves and all leave.
@@ -1176,7 +1176,7 @@ def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
             say(f"note: {name} uses {'QuickGELU' if quick else 'GELU'}, whatever {weights} needs")
     return clip, config
 
-# For conv_skip's ResNet; without one, for CLIP if `authors_clip`, as the authors have it.
+# For conv_skip's ResNet. If `authors_clip` without conv_skip, for CLIP, as the authors have it.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def resnet_stem(weights: str) -> nn.Module:
@@ -1201,7 +1201,7 @@ def build_model(cfg: Config, visual: nn.Module, text: torch.Tensor, conv_weights
     shallow, width = (256, C // 4) if cfg.conv_skip else (D, C // 8)
     decoder = VisionDecoder(E, D, len(text)) if cfg.decoder == "vision" else (
         LanguageGuidedDecoder(E, shallow, D, C, width, cfg.recompute))
-    stem = cfg.conv_skip and cfg.decoder == "language"  # the other one has no use for it
+    stem = cfg.conv_skip and cfg.decoder == "language"  # VisionDecoder reads no shallow skip
     return SemiVL(clip, decoder, text, resnet_stem(conv_weights) if stem else None)
 
 AUTHORS_NAMES = """module.> decode_head.layers>decoder.semantic decode_head.conv1>decoder.lift
@@ -1317,7 +1317,7 @@ def predict(checkpoint: str, images: list[str], typed: dict) -> None:
     require(not problems, "\n".join(problems))
 
 def benchmark(cfg: Config) -> None:
-    """--benchmark: four steps of `train` itself on noise, with random weights."""
+    """--benchmark: four steps of `train` on noise, with random weights (and the set's classes)."""
     entries, size = [(f"{i}.png", f"{i}.png") for i in range(2 * cfg.batch)], (cfg.crop, cfg.crop)
     classes = DEFINITIONS.get(cfg.dataset) or open_data(cfg).classes
     noise = Folder(Path("noise"), classes, {}, False, entries, entries[:1], [])
