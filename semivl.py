@@ -12,7 +12,7 @@ A few images have masks, many have none, and CLIP connects words with images. On
           |                   |      feature channels off (fp)                 |
         loss x                +----> loss fp                             losses s1, s2
         with y                |                                                ^
-                              +---- CutMix: that image's targets in the box ---+
+                              +--- CutMix: the other image's targets in the box +
 
 Targets are the teacher's pseudo-labels with their confidence, and the labels of frozen CLIP. The
 published method has no EMA teacher: the student makes the pseudo-labels (`--ema 0`). README.md
@@ -78,7 +78,7 @@ class Config:
     clip: str = "ViT-B-16-quickgelu"  # a plain ViT CLIP of open_clip; toy; or local-dir:FOLDER
     clip_tag: str = "openai"  # which of open_clip's pretrained weights
     clip_weights: str = ""  # FILE of CLIP weights; none: random; '': those of the tag
-    authors_clip: bool = False  # GELU, LayerNorm eps, and (no conv_skip) mean, std of theirs
+    authors_clip: bool = False  # the authors' GELU, eps and, without conv_skip, mean and std
     decoder: Literal["language", "vision"] = "language"  # vision: DeepLabV3+
     decoder_channels: int = 128  # C of the language decoder; all of its widths follow
     decoder_text: Literal["names", "mean"] = "names"  # text of a class: name, or mean of concepts
@@ -127,7 +127,7 @@ PRESETS = {
     "ade20k": dict(labels=158, epochs=40, micro_batch=1, lr=4e-3, vit_lr=4e-7),
     "cityscapes": dict(labels=100, fit=False, crop=801, stride=534, steps=240 * 349, micro_batch=1,
                        lr=5e-4, vit_lr=5e-6, conv_skip=True, decoder_text="mean", weighting="mean",
-                       window_mode="probabilities")}  # 349 steps: 186 labels' epoch
+                       window_mode="probabilities")}  # 240 epochs: 186-label split
 IGNORE = 255  # "no label" in every mask in memory, whatever value a folder's files have for it
 
 def require(condition, message: str) -> None:
@@ -144,8 +144,8 @@ def blame(what):
         reason = (getattr(error, "strerror", None) or "").lower() or str(error) or repr(error)
         raise ValueError(f"{what}: {' '.join(reason.split())[:300]}") from None
 
-RANK, WORLD = (int(os.environ[name]) if dist.is_torchelastic_launched() else default
-               for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # this process; all of them
+RANK, WORLD = ((int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+               if dist.is_torchelastic_launched() else (0, 1))  # this process; how many there are
 TERMINAL = bool(sys.stderr) and sys.stderr.isatty()
 LINES = dict(miniters=1, mininterval=30, delay=30, bar_format="{desc}: {n_fmt} of {total_fmt}\n")
 progress = partial(tqdm, disable=RANK > 0 or not sys.stderr, leave=not TERMINAL,
@@ -208,8 +208,8 @@ def describe_classes(clip, classes: dict[str, list], *, decoder_text="names", de
 # sent the same way, lies close to the text of what the patch shows. This "value path" replaces
 # attention by the token's own value; the context that this one block would have added is lost.
 # The decoder also needs to know where things end. Two skip maps (shallow: of block 0, deep: of
-# block 4 of 12) tell it: there, a patch still describes its own pixels. The authors use value paths
-# for these, too, and give no reason; ours: attention would blur the maps.
+# block 4 of 12) tell it: so early, a patch still describes its own pixels. The authors use value
+# paths for these, too, and give no reason; our guess: attention would blur the maps further.
 
 class LeanQuickGELU(nn.Module):
     """x sigmoid(1.702 x), as silu(1.702 x) / 1.702: the backward pass keeps one tensor, not two."""
@@ -236,8 +236,8 @@ class DenseCLIP(nn.Module):
     """The visual tower of a plain open_clip ViT (else ValueError), as an encoder of patches.
     visual: `open_clip.create_model(...).visual`; modified in place, so use it once. grid: (gh,
     gw) at which the position embedding trains; other image sizes interpolate from it. authors:
-    exact GELU and LayerNorm eps 1e-6, with which the authors ran and trained OpenAI's weights;
-    OpenAI had QuickGELU and 1e-5. mean, std: of image colours, by default those of CLIP."""
+    exact GELU and LayerNorm eps 1e-6, as the authors fine-tuned OpenAI's weights; OpenAI itself
+    used QuickGELU and 1e-5. mean, std: of image colours, by default those of CLIP."""
     def __init__(self, visual, grid=None, authors=False, mean=None, std=None):
         super().__init__()
         parts = open_clip.transformer
@@ -266,7 +266,7 @@ class DenseCLIP(nn.Module):
         and the skip maps (shallow, deep), [B, D, gh, gw] each."""
         vit, P, (H, W) = self.visual, self.patch, images.shape[-2:]
         x = vit.conv1(F.pad((images - self.mean) / self.std, (0, -W % P, 0, -H % P)))
-        B, _, gh, gw = x.shape  # [B, D, gh, gw]
+        B, _, gh, gw = x.shape  # [B, D, gh, gw], of the image padded to whole patches
         x = x.flatten(2).transpose(1, 2)  # [B, gh*gw, D]
         x = torch.cat([vit.class_embedding.to(x.dtype).expand(B, 1, -1), x], dim=1)  # [B, T, D]
         position = resize_position(vit.positional_embedding, self.grid, (gh, gw))
@@ -318,14 +318,14 @@ MAPS_AT_ONCE = 64  # `by_classes` runs about this many of the B*N maps at a time
 
 def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """Cosine similarity of places and texts: dense [B, E, gh, gw], text [N, E] -> [B, N, gh, gw].
-    Normalises both (feature dropout has changed lengths), in float32 even under autocast: bf16
-    rounds a cosine by up to 0.001, which guidance would turn into 0.1 of a logit."""
+    Normalises both (feature dropout, section 6, changes lengths), in float32 even under autocast:
+    bf16 rounds a cosine by up to 0.001, which guidance (times 100) would turn into 0.1."""
     with torch.autocast(dense.device.type, enabled=False):
         dense, text = F.normalize(dense.float(), dim=1), F.normalize(text.float(), dim=1)
         return torch.einsum("behw,ne->bnhw", dense, text)
 
 def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=None) -> nn.Sequential:
-    """Convolution that keeps the size, norm, ReLU. Default: GroupNorm of ~16 channels a group."""
+    """Convolution that keeps the size, norm, ReLU. Default: GroupNorm (gcd: it divides c_out)."""
     norm = norm(c_out) if norm else nn.GroupNorm(math.gcd(max(1, c_out // 16), c_out), c_out)
     padding = dilation * (kernel // 2)
     conv = nn.Conv2d(c_in, c_out, kernel, padding=padding, dilation=dilation, bias=False)
@@ -333,8 +333,8 @@ def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=None) -> nn.Sequential:
     return nn.Sequential(conv, norm, nn.ReLU(inplace=True))
 
 def conv_by_parts(conv: nn.Conv2d, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors whose sum is conv(torch.cat(parts, dim=1)), of a conv with neither bias nor stride.
-    A skip map (all classes share it) or a 1 x 1 mean is convolved once; the sum broadcasts it."""
+    """conv(torch.cat(parts, dim=1)) as terms to be summed, so that a part shared by all classes (a
+    skip) or all places (a 1 x 1 mean) is convolved once. conv: no bias, stride or dilation."""
     weights = conv.weight.split([part.shape[1] for part in parts], dim=1)
     return [F.conv2d(part, w, padding=conv.padding) for part, w in zip(parts, weights)]
 
@@ -363,7 +363,7 @@ class SemanticReasoning(nn.Module):
     def forward(self, x, text):
         B, N, C, gh, gw = x.shape
         # Attention across classes needs no fine grid: it runs on means of 4 x 4 patches, ph x pw of
-        # them (gh // 4 by gw // 4, at least 1). Patches left over at the edges are dropped.
+        # them (gh // 4 by gw // 4, at least 1). Edge patches left over are not read.
         pooled = F.avg_pool2d(x.flatten(0, 1), (min(4, gh), min(4, gw)))  # [B*N, C, ph, pw]
         tokens = pooled.unflatten(0, (B, N)).permute(0, 3, 4, 1, 2).flatten(0, 2)  # [B*ph*pw, N, C]
         text = text.expand(len(tokens), -1, -1)  # [B*ph*pw, N, C]
@@ -374,7 +374,7 @@ class SemanticReasoning(nn.Module):
         return x + refined.unflatten(0, (B, N))  # second residual: the layer has its own
 
 class UpStage(nn.Module):
-    """Doubles the resolution, then joins a skip map that all classes share; c_in channels in all:
+    """Doubles the resolution, to c_in - c_skip channels; a skip that all classes share adds c_skip:
     x [B*N, c_in, a, b], skip [B, c_skip, ., .] -> [B*N, c_out, 2a, 2b]."""
     def __init__(self, c_in: int, c_skip: int, c_out: int):
         super().__init__()
@@ -431,7 +431,7 @@ class LanguageGuidedDecoder(nn.Module):
         """dense [B, E, gh, gw], skips (shallow, deep), text [N, E] -> logits [B, N, 4gh, 4gw]."""
         x = self.by_classes(self.spatial_reasoning, cosine_maps(dense, text))
         x = self.semantic_reasoning(x, text)
-        shallow, deep = self.shallow_proj(skips[0]), self.deep_proj(skips[1])  # [B, C/8 | C/4, ...]
+        shallow, deep = self.shallow_proj(skips[0]), self.deep_proj(skips[1])  # C/8, C/4 channels
         return self.by_classes(self.upsampling, x, shallow, deep)
 
 class VisionDecoder(nn.Module):
@@ -451,7 +451,7 @@ class VisionDecoder(nn.Module):
 # 6. Three networks: student, frozen CLIP (paper: Dense CLIP Guidance), EMA teacher ----------------
 # Who tells the student what to say where there is no mask? The teacher gets better, but it learns
 # from the student, so it can confirm the student's mistakes. Frozen CLIP is coarse, but constant.
-# They buy: 66.5 with frozen CLIP's losses, 62.7 without; EMA (on as in UniMatch V2): 66.5 and 66.5.
+# Frozen CLIP buys: 66.5 with it, 62.7 without. EMA, on as in UniMatch V2: 66.5 without it, too.
 class SemiVL(nn.Module):
     """Images -> logits: dense CLIP, an optional convolutional skip, a decoder.
     text: [N, E], one embedding a class. conv: images -> list whose last map [B, 256, H/4, W/4]
@@ -492,7 +492,7 @@ class FrozenGuidance(nn.Module):
         similarity = F.interpolate(similarity, images.shape[2:], mode="bilinear")  # [B, N, H, W]
         return 100 * similarity  # logit scale of OpenAI's CLIP; without it softmax would be flat
     def labels(self, images: torch.Tensor) -> torch.Tensor:
-        """Images -> int64 [B, H, W]: class, or IGNORE below conf_thresh (maybe everywhere)."""
+        """Images -> int64 [B, H, W]: class, or IGNORE below conf_thresh (all may be)."""
         confidence, label = self(images).softmax(1).max(1)
         return label.masked_fill(confidence < self.conf_thresh, IGNORE)
 
@@ -521,7 +521,7 @@ class EMATeacher:
 #     FOLDER/splits/val.txt      "IMAGE MASK". Optional: test.txt; 8/labeled.txt, for --labels 8
 # Masks hold class numbers, 0 for the first of "classes". If they hold colours or other numbers,
 # dataset.json lists those: "colors": {"sky": [70, 130, 180], "car": [0, 0, 142]}, or {"sky": 0,
-# "car": 255}. With "colors", "ignore_index" is a colour or number, too, and has no default.
+# "car": 255}. With "colors", "ignore_index" is written like them, and has no default.
 def read_image(file: Path) -> torch.Tensor:
     """Any image file -> uint8 RGB [3, H, W], turned upright as its EXIF orientation says."""
     with blame(file), Image.open(file) as image:
@@ -606,7 +606,7 @@ class Folder:  # a data set on disk
             absent = [name for name, count in zip(self.classes, counts) if not count]
             if absent:
                 say(f"note: no {title} mask shows {', '.join(absent)}")
-            require(title != "labelled" or len(absent) + 1 < N, "fewer than two are left; label "
+            require(title != "labelled" or len(absent) + 1 < N, "only one class is shown; label "
                     'more, or, if black is 0 and white 255, give "colors": {NAME: 0, NAME: 255}')
         if turned:
             say(f"note: EXIF orientation turns {turned} images; are their masks upright?")
@@ -627,7 +627,7 @@ def open_data(cfg: Config) -> Folder:
         content |= json.loads((path / "dataset.json").read_text("utf-8-sig"))
         names, colors = content["classes"], content["colors"]
         ignore = content.get("ignore_index", -1 if colors else IGNORE)  # -1 ignores nothing
-        known = {str([*definitions]): definitions for definitions in DEFINITIONS.values()}
+        known = {str([*d]): d for d in DEFINITIONS.values()}  # same names, same definitions
         concepts = content["definitions"] or known.get(str(names), {})
         require(all(isinstance(words, list) and {*map(type, words)} == {str} for words in (
             names, *concepts.values())), "'classes', and each of 'definitions', is a list of names")
@@ -712,7 +712,7 @@ def cutmix_box(size: int) -> torch.Tensor:
         if left + width <= size and top + height <= size:
             return torch.tensor([top, left, top + height, left + width])
 
-STREAM = 10**9  # item i: seed * STREAM + i; its dropout: STREAM // 2 more; seed < 9e9 fits int64
+STREAM = 10**9  # torch's seed for item i: seed * STREAM + i; for dropout + STREAM // 2; fits int64
 
 class TrainingSet(Dataset):
     """Item i of a run, counted over epochs: x, w, s1, s2 uint8 [3, crop, crop]; y uint8, padding
@@ -736,7 +736,7 @@ class TrainingSet(Dataset):
             if self.unlabelled:
                 entry = self.pick(self.unlabelled, i)
                 image = folder.image(entry)
-                marker = torch.zeros(image.shape[1:], dtype=torch.uint8)  # a mask without IGNORE
+                marker = torch.zeros(image.shape[1:], dtype=torch.uint8)  # padding adds IGNORE
                 w, marker = scale_crop_flip(image, marker, cfg)  # IGNORE where w is padded
                 item |= dict(w=w, padding=marker == IGNORE, files=f"{item['files']} {entry[0]}")
                 item |= {name: view(w) for name, view in self.views.items()}
@@ -751,10 +751,10 @@ class TrainingSet(Dataset):
 # L_x: cross-entropy with the mask. L_s, L_fp: with the teacher's pseudo-labels. G_s, G_fp: with
 # frozen CLIP's labels. An image's mask does not depend on its colours. So the teacher labels w,
 # and the student has to predict these labels in s1 and s2, which are recoloured and hold a box of
-# another image with its labels, and in w with half of its feature channels off (fp: feature
-# perturbation). The trap is confirmation bias: the student learns wrong labels, and the teacher
-# follows. So unsure labels are dropped, and frozen CLIP, which does not follow, gives labels, too;
-# as their borders are coarse, lambda falls. DeepLabV3+: 48.4 without L_s and L_fp, 42.0 with them.
+# another image with its labels, and in w with half of its feature channels off (fp: perturbed). The
+# trap is confirmation bias: the student learns wrong labels, and the teacher follows. So unsure
+# labels are dropped, and frozen CLIP, which does not follow, gives labels, too; as their borders
+# are coarse, lambda falls. L_s and L_fp buy nothing on the toy world: 66.5 with, 68.8 without them.
 class Targets(NamedTuple):
     """The targets of unlabelled images, per pixel; all [B, H, W]."""
     label: torch.Tensor  # int64, the teacher's pseudo-label
@@ -825,7 +825,7 @@ def semivl_loss(logits: dict, y, targets: dict, guidance_weight: float, conf_thr
 # 9. Evaluation: how good is a model? Sliding window, one confusion matrix, mIoU -------------------
 def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
     """Where windows start along a side of `size` pixels. "logits": one per stride, the last one
-    moved back inside. "probabilities" (Cityscapes): one per stride, the last ones cut short."""
+    moved back inside. "probabilities" (averaged on Cityscapes): the last ones are cut short."""
     require(mode in ("logits", "probabilities"), "mode: take logits or probabilities")
     if mode == "probabilities":
         return list(range(0, size, stride))
@@ -1015,10 +1015,10 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
     del clip  # the text tower has done its work
     frozen = frozen_copy(student.clip)  # before training, and before a checkpoint is loaded
     guidance = FrozenGuidance(frozen, concepts, sizes, cfg.guidance_conf_thresh).to(device)
-    by_names = FrozenGuidance(frozen, by_name, [1] * len(by_name)).to(device)  # only to compare
+    names_only = FrozenGuidance(frozen, by_name, [1] * len(by_name)).to(device)  # only to compare
     ema, optimizer = EMATeacher(student, cfg.ema), make_optimizer(student, cfg)
-    by = "CLIP by definitions" if cfg.definitions else "CLIP by names"
-    compared = {by: guidance, "SemiVL" if cfg.unlabelled else "labels only": ema.model}
+    caption = "CLIP by definitions" if cfg.definitions else "CLIP by names"
+    compared = {caption: guidance, "SemiVL" if cfg.unlabelled else "labels only": ema.model}
     parallel = nn.parallel.DistributedDataParallel(student) if WORLD > 1 else student
     stored = dict(student=student, model=ema.model, optimizer=optimizer)  # "model": the teacher
     state, out = dict(step=0, last=-1.0, best=-1.0), Path(cfg.out)  # last, best: validation mIoU
@@ -1040,7 +1040,7 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
     say(f"{len(labelled)} labelled, {len(unlabelled)} unlabelled, {len(folder.val)} validation, "
         f"{len(folder.test)} test images; {cfg.steps} steps on {device}; writes to {out}")
     if not saved:
-        for title, model in {"CLIP by names": by_names, by: guidance}.items():
+        for title, model in {"CLIP by names": names_only, caption: guidance}.items():
             miou = evaluate(model, folder, folder.val[:100], cfg, device).nanmean()
             say(f"frozen {title}: mIoU {miou:.1f} (first 100 validation images)")
     data = TrainingSet(folder, labelled, unlabelled if cfg.unlabelled else [], cfg)
@@ -1065,7 +1065,7 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
         # 3. Teacher and frozen CLIP label the weak views. CutMix changes images and targets alike;
         # partners are this process's batch in reverse order (a middle image is not mixed).
         images, targets = {"x": batch["x"]}, {}  # view -> its images, and its targets
-        micro = math.gcd(cfg.micro_batch, len(batch["x"]))  # images of a micro-batch, here
+        micro = math.gcd(cfg.micro_batch, len(batch["x"]))  # divides this process's share
         chunks = [slice(i, i + micro) for i in range(0, len(batch["x"]), micro)]
         if cfg.unlabelled:
             with autocast(cfg, device):
@@ -1080,8 +1080,8 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
         losses = {}
         for c in chunks:
             parallel.require_backward_grad_sync = c is chunks[-1]  # DDP: average once per step
-            offset = step * cfg.batch + RANK * len(batch["x"]) + c.start
-            torch.manual_seed(cfg.seed * STREAM + STREAM // 2 + offset)  # of feature dropout
+            unique = step * cfg.batch + RANK * len(batch["x"]) + c.start
+            torch.manual_seed(cfg.seed * STREAM + STREAM // 2 + unique)  # of feature dropout
             pixels = torch.cat([t[c] for t in images.values()]) / 255  # [views * micro, ...]
             with autocast(cfg, device):
                 logits = parallel(pixels, num_perturbed=micro if targets else 0)  # "fp" comes last
@@ -1133,7 +1133,7 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
         clock = time.perf_counter()
     for number in (signal.SIGINT, signal.SIGTERM):  # the table below may be interrupted at once
         signal.signal(number, signal.default_int_handler)
-    report({"CLIP by names": by_names} | compared, folder, cfg, device, out,
+    report({"CLIP by names": names_only} | compared, folder, cfg, device, out,
            val_last=state["last"], val_best=state["best"])
 
 def report(models: dict, folder: Folder, cfg: Config, device, out=None, **more) -> None:
