@@ -210,7 +210,6 @@ def describe_classes(clip, classes: dict[str, list], *, decoder_text="names", de
 # The decoder also needs to know where things end. Two skip maps (shallow: of block 0, deep: of
 # block 4 of 12) tell it: so early, a patch still describes its own pixels. The authors use value
 # paths for these, too, and give no reason; our guess: attention would blur the maps further.
-
 class LeanQuickGELU(nn.Module):
     """x sigmoid(1.702 x), as silu(1.702 x) / 1.702: the backward pass keeps one tensor, not two."""
     def forward(self, x):
@@ -454,7 +453,7 @@ class VisionDecoder(nn.Module):
 # Frozen CLIP buys: 66.5 with it, 62.7 without. EMA, on as in UniMatch V2: 66.5 without it, too.
 class SemiVL(nn.Module):
     """Images -> logits: dense CLIP, an optional convolutional skip, a decoder.
-    text: [N, E], one embedding a class. conv: images -> list whose last map [B, 256, H/4, W/4]
+    text: [N, E], one row per class. conv: images -> list whose last map [B, 256, H/4, W/4]
     replaces the shallow skip. Cityscapes uses it: a patch of 16 pixels loses poles and the like."""
     def __init__(self, clip: DenseCLIP, decoder: nn.Module, text: torch.Tensor, conv=None):
         super().__init__()
@@ -697,7 +696,8 @@ strong_view = v2.Compose([  # uint8 [3, crop, crop] -> recoloured, perhaps blurr
     v2.RandomApply([v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)], 0.8),
     v2.RandomGrayscale(0.2),
     v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], 0.5)])
-# To add a view, add an entry with a new name. Its function moves no pixel and does not write to w.
+# To add a view, add an entry whose name is not x, y, w, fp, files, padding, kept or total. Its
+# function moves no pixel and does not write to w.
 STRONG_VIEWS = {"s1": strong_view, "s2": strong_view}
 
 def cutmix_box(size: int) -> torch.Tensor:
