@@ -1042,7 +1042,7 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
     if not saved:
         for title, model in {"CLIP by names": names_only, caption: guidance}.items():
             miou = evaluate(model, folder, folder.val[:100], cfg, device).nanmean()
-            say(f"frozen {title}: mIoU {miou:.1f} (first 100 validation images)")
+            say(f"frozen {title}: mIoU {miou:.1f} ({len(folder.val[:100])} validation images)")
     data = TrainingSet(folder, labelled, unlabelled if cfg.unlabelled else [], cfg)
     loader = DataLoader(
         data, cfg.batch // WORLD, num_workers=min(cfg.workers, os.cpu_count() or 1),
