@@ -89,7 +89,7 @@ class Config:
     unlabelled: bool = True  # use the unlabelled images
     conf_thresh: float = 0.95  # lowest confidence of a pseudo-label that is used
     weighting: Literal["pixel", "mean"] = "pixel"  # consistency_loss explains them
-    guidance: float = 0.1  # weight of frozen CLIP's losses; falls linearly to 0
+    guidance: float = 0.1  # weight of frozen CLIP's losses (section 8: lambda); falls to 0
     guidance_conf_thresh: float = 0.9  # lowest probability of frozen CLIP's labels
     ema: float = 0.996  # decay of the EMA teacher; 0: the student teaches itself
     steps: int = 0  # optimiser steps; 0: as many as --epochs has
@@ -186,14 +186,14 @@ DEFINITIONS = {dataset: {name: concepts.split("|") for name, _, concepts in (
 
 @torch.no_grad()
 def encode_text(clip: open_clip.CLIP, words: list[str]) -> torch.Tensor:
-    """Words -> CLIP's text embeddings of "a photo of a WORD", [len(words), E], not normalised."""
+    """Text embeddings of "a photo of a WORD", [len(words), E], not normalised. Sets clip.eval()."""
     tokens = open_clip.tokenize([f"a photo of a {word}" for word in words], clip.context_length)
     return clip.eval().encode_text(tokens.to(clip.token_embedding.weight.device)).float()
 
 def describe_classes(clip, classes: dict[str, list], *, decoder_text="names", definitions=True):
-    """Texts of classes (name -> one concept or more), as L2-normalised vectors: text [N, E] for the
-    decoder (by name, or for "mean" the mean of the concepts), by_name [N, E], concepts [K, E] class
-    by class (without `definitions`: the names); and sizes, the number of concepts of each class."""
+    """classes: name -> concepts (without `definitions`: the name alone). Returns text (what the
+    decoder reads: by_name, or for "mean" the mean concepts) and by_name, [N, E], concepts [K,
+    E], class by class, all L2-normalised, and sizes: how many concepts each class has."""
     text = by_name = encode_text(clip, list(classes))
     groups = list(classes.values()) if definitions else [[name] for name in classes]
     concepts, sizes = encode_text(clip, sum(groups, [])), [len(group) for group in groups]
@@ -233,10 +233,10 @@ def resize_position(position: torch.Tensor, old: tuple, new: tuple) -> torch.Ten
 
 class DenseCLIP(nn.Module):
     """The visual tower of a plain open_clip ViT (else ValueError), as an encoder of patches.
-    visual: `open_clip.create_model(...).visual`; modified in place, so use it once. grid: (gh,
-    gw) at which the position embedding trains; other image sizes interpolate from it. authors:
-    exact GELU and LayerNorm eps 1e-6, as the authors fine-tuned OpenAI's weights; OpenAI itself
-    used QuickGELU and 1e-5. mean, std: of image colours, by default those of CLIP."""
+    visual: `open_clip.create_model(...).visual`, kept and modified: a second DenseCLIP of it would
+    share its weights. grid: (gh, gw) at which the position embedding trains; other image sizes
+    interpolate from it. authors: exact GELU and LayerNorm eps 1e-6, with which the authors tuned
+    OpenAI's weights; OpenAI had QuickGELU and 1e-5. mean, std: of colours, by default CLIP's."""
     def __init__(self, visual, grid=None, authors=False, mean=None, std=None):
         super().__init__()
         parts = open_clip.transformer
@@ -296,7 +296,7 @@ def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
 
 def frozen_copy(module: nn.Module) -> nn.Module:
     """A copy that gets no gradients. It copies the parameters that train and shares all others, two
-    thirds of the ViT. If one of those were trained later, the copy would change, too."""
+    thirds of the ViT. If one of those is trained, loaded or cast later, the copy changes, too."""
     shared = {id(p): p for p in module.parameters() if not p.requires_grad}
     # deepcopy returns what it finds in its memo instead of copying it.
     return copy.deepcopy(module, memo=shared).requires_grad_(False).eval()
@@ -306,7 +306,7 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 # decoder's batch has B*N items, one per image and class: a map of one channel, the similarity of
 # every patch to the class's text. The same weights clean up the map of any class, so they learn
 # from all classes and work for any number of them. The price is N times the convolutions.
-# It buys: 66.5 with it, 60.9 with DeepLabV3+. Without frozen CLIP's losses: 62.7 and 42.0.
+# It buys: 66.5 with it, 60.9 with DeepLabV3+. Both without frozen CLIP's losses: 62.7 and 42.0.
 #     dense [B, E, gh, gw], text [N, E]
 #     -> cosine_maps               [B, N, gh, gw]
 #     -> spatial reasoning         [B, N, C, gh, gw]     within each class: 7 x 7 conv, ASPP
@@ -318,13 +318,13 @@ MAPS_AT_ONCE = 64  # `by_classes` runs about this many of the B*N maps at a time
 def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """Cosine similarity of places and texts: dense [B, E, gh, gw], text [N, E] -> [B, N, gh, gw].
     Normalises both (feature dropout, section 6, changes lengths), in float32 even under autocast:
-    bf16 rounds a cosine by up to 0.001, which guidance (times 100) would turn into 0.1."""
+    bf16 rounds a cosine by up to 0.001, which FrozenGuidance's factor 100 turns into 0.1."""
     with torch.autocast(dense.device.type, enabled=False):
         dense, text = F.normalize(dense.float(), dim=1), F.normalize(text.float(), dim=1)
         return torch.einsum("behw,ne->bnhw", dense, text)
 
 def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=None) -> nn.Sequential:
-    """Convolution that keeps the size, norm, ReLU. Default: GroupNorm (gcd: it divides c_out)."""
+    """Convolution that keeps the size, norm, ReLU. Default: GroupNorm of ~16 channels a group."""
     norm = norm(c_out) if norm else nn.GroupNorm(math.gcd(max(1, c_out // 16), c_out), c_out)
     padding = dilation * (kernel // 2)
     conv = nn.Conv2d(c_in, c_out, kernel, padding=padding, dilation=dilation, bias=False)
@@ -354,7 +354,7 @@ class ASPP(nn.Module):
 class SemanticReasoning(nn.Module):
     """Classes against each other: a transformer layer whose sequence is the N classes at a place.
     x [B, N, C, gh, gw], projected text [N, C] -> x's shape. A strong "cat" can weaken "boat".
-    The text tells the layer which class a sequence item is; no weight belongs to one class."""
+    Text alone says which class an item is: classes of (nearly) equal text cannot be told apart."""
     def __init__(self, C: int):
         super().__init__()
         self.layer = nn.TransformerEncoderLayer(2 * C, nhead=4, dim_feedforward=4 * C, dropout=0.0,
@@ -362,7 +362,7 @@ class SemanticReasoning(nn.Module):
     def forward(self, x, text):
         B, N, C, gh, gw = x.shape
         # Attention across classes needs no fine grid: it runs on means of 4 x 4 patches, ph x pw of
-        # them (gh // 4 by gw // 4, at least 1). Edge patches left over are not read.
+        # them (gh // 4 by gw // 4, at least 1). Patches left over are not read.
         pooled = F.avg_pool2d(x.flatten(0, 1), (min(4, gh), min(4, gw)))  # [B*N, C, ph, pw]
         tokens = pooled.unflatten(0, (B, N)).permute(0, 3, 4, 1, 2).flatten(0, 2)  # [B*ph*pw, N, C]
         text = text.expand(len(tokens), -1, -1)  # [B*ph*pw, N, C]
@@ -373,7 +373,7 @@ class SemanticReasoning(nn.Module):
         return x + refined.unflatten(0, (B, N))  # second residual: the layer has its own
 
 class UpStage(nn.Module):
-    """Doubles the resolution, to c_in - c_skip channels; a skip that all classes share adds c_skip:
+    """Upsamples to c_in - c_skip channels, joins a skip that all classes share by two convolutions:
     x [B*N, c_in, a, b], skip [B, c_skip, ., .] -> [B*N, c_out, 2a, 2b]."""
     def __init__(self, c_in: int, c_skip: int, c_out: int):
         super().__init__()
@@ -382,7 +382,7 @@ class UpStage(nn.Module):
     def forward(self, x, skip):
         x = self.up(x)  # [B*N, c_in - c_skip, 2a, 2b]
         skip = F.interpolate(skip, x.shape[2:], mode="bilinear", align_corners=True)  # 2a x 2b
-        conv, norm, relu = self.conv[:3]  # the first convolution; self.conv[3:] is the second
+        conv, norm, relu = self.conv[:3]  # the first of two; self.conv[3:] is the second
         x, skip = conv_by_parts(conv, [x, skip])  # [B*N, c_out, 2a, 2b], [B, c_out, 2a, 2b]
         x = x.unflatten(0, (len(skip), -1)) + skip.unsqueeze(1)  # [B, N, c_out, 2a, 2b]
         return self.conv[3:](relu(norm(x.flatten(0, 1))))
@@ -420,8 +420,8 @@ class LanguageGuidedDecoder(nn.Module):
         maps = self.up2(self.up1(x.flatten(0, 1), deep), shallow)  # [B*N, C/4, 4gh, 4gw]
         return self.head(maps).view(*x.shape[:2], *maps.shape[2:])
     def by_classes(self, function, x, *shared):
-        """function(x, *shared) on a few classes of x [B, N, ...] at a time, to save memory. In
-        training autograd keeps all, unless `recompute` makes backward repeat each forward."""
+        """function(x, *shared) on a few classes of x [B, N, ...] at a time. This saves memory in
+        evaluation; in training only with `recompute`, by which backward repeats each forward."""
         if self.recompute and torch.is_grad_enabled():
             function = partial(torch.utils.checkpoint.checkpoint, function, use_reentrant=False)
         parts = x.split(max(1, MAPS_AT_ONCE // len(x)), dim=1)
@@ -430,7 +430,7 @@ class LanguageGuidedDecoder(nn.Module):
         """dense [B, E, gh, gw], skips (shallow, deep), text [N, E] -> logits [B, N, 4gh, 4gw]."""
         x = self.by_classes(self.spatial_reasoning, cosine_maps(dense, text))
         x = self.semantic_reasoning(x, text)
-        shallow, deep = self.shallow_proj(skips[0]), self.deep_proj(skips[1])  # C/8, C/4 channels
+        shallow, deep = self.shallow_proj(skips[0]), self.deep_proj(skips[1])  # projected
         return self.by_classes(self.upsampling, x, shallow, deep)
 
 class VisionDecoder(nn.Module):
@@ -450,7 +450,7 @@ class VisionDecoder(nn.Module):
 # 6. Three networks: student, frozen CLIP (paper: Dense CLIP Guidance), EMA teacher ----------------
 # Who tells the student what to say where there is no mask? The teacher gets better, but it learns
 # from the student, so it can confirm the student's mistakes. Frozen CLIP is coarse, but constant.
-# Frozen CLIP buys: 66.5 with it, 62.7 without. EMA, on as in UniMatch V2: 66.5 without it, too.
+# Frozen CLIP buys 3.8: 66.5, without it 62.7. The EMA teacher (from UniMatch V2) buys nothing here.
 class SemiVL(nn.Module):
     """Images -> logits: dense CLIP, an optional convolutional skip, a decoder.
     text: [N, E], one row per class. conv: images -> list whose last map [B, 256, H/4, W/4]
@@ -475,7 +475,7 @@ class SemiVL(nn.Module):
 
 class FrozenGuidance(nn.Module):
     """CLIP as it was before SemiVL's first step, as a zero-shot classifier of pixels.
-    clip: `frozen_copy(student.clip)`; student.clip itself would drift. concepts: [K, E] of text,
+    clip: `frozen_copy(student.clip)`, as nothing is frozen here. concepts: [K, E] of text,
     class after class. sizes: concepts per class. conf_thresh: labels below it become IGNORE."""
     def __init__(self, clip: DenseCLIP, concepts, sizes: list[int], conf_thresh: float = 0.9):
         super().__init__()
@@ -696,7 +696,7 @@ strong_view = v2.Compose([  # uint8 [3, crop, crop] -> recoloured, perhaps blurr
     v2.RandomApply([v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)], 0.8),
     v2.RandomGrayscale(0.2),
     v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], 0.5)])
-# To add a view, add an entry whose name is not x, y, w, fp, files, padding, kept or total. Its
+# To add a view, add an entry; fp and the keys of TrainingSet and log.jsonl are no names for it. Its
 # function moves no pixel and does not write to w.
 STRONG_VIEWS = {"s1": strong_view, "s2": strong_view}
 
@@ -744,17 +744,17 @@ class TrainingSet(Dataset):
         return item
 
 # 8. Consistency (UniMatch, Yang et al., CVPR 2023): what about an image without a mask? -----------
-#     total = (L_x + 1/2 mean over strong views of L_s + 1/2 L_fp) / 2
-#             + lambda (1/2 mean over strong views of G_s + 1/2 G_fp)   (this line: SemiVL's)
-# with lambda = --guidance * (1 - step/steps). So the weights are 1/2 for L_x, 1/8 each for L_s1 and
-# L_s2, 1/4 for L_fp, lambda/4 each for G_s1 and G_s2, lambda/2 for G_fp.
+#     total = (L_x + mean(L_s) / 2 + L_fp / 2) / 2 + lambda (mean(G_s) + G_fp) / 2
+# where the means are over the strong views s and lambda = --guidance * (1 - step/steps). So the
+# weights are 1/2 for L_x, 1/8 each for L_s1 and L_s2, 1/4 for L_fp, and (SemiVL's part) lambda/4
+# each for G_s1 and G_s2, lambda/2 for G_fp.
 # L_x: cross-entropy with the mask. L_s, L_fp: with the teacher's pseudo-labels. G_s, G_fp: with
 # frozen CLIP's labels. An image's mask does not depend on its colours. So the teacher labels w,
 # and the student has to predict these labels in s1 and s2, which are recoloured and hold a box of
-# another image with its labels, and in w with half of its feature channels off (fp: perturbed). The
-# trap is confirmation bias: the student learns wrong labels, and the teacher follows. So unsure
-# labels are dropped, and frozen CLIP, which does not follow, gives labels, too; as their borders
-# are coarse, lambda falls. L_s and L_fp buy nothing on the toy world: 66.5 with, 68.8 without them.
+# another image with its labels, and in w with half of its feature channels off (fp: feature
+# perturbation). The trap is confirmation bias: the student learns wrong labels, and the teacher
+# follows. So unsure labels are dropped, and frozen CLIP, which does not follow, gives labels, too;
+# as their borders are coarse, lambda falls. On the toy world L_s and L_fp cost 2.3 (without: 68.8).
 class Targets(NamedTuple):
     """The targets of unlabelled images, per pixel; all [B, H, W]."""
     label: torch.Tensor  # int64, the teacher's pseudo-label
@@ -790,7 +790,7 @@ def consistency_loss(logits, label, confidence, padding, conf_thresh=0.95, weigh
     """Cross-entropy with pseudo-labels: sum of weight * loss over non-padding pixels, divided by
     their number (not by the weights' sum, so an image with few confident pixels counts less).
     logits [B, N, H, W]; label (int64), confidence, padding (bool) [B, H, W]. Weights: "pixel", 1
-    where confidence reaches conf_thresh, else 0; "mean", the image's mean confidence."""
+    where confidence reaches conf_thresh, else 0; "mean", the (mixed) image's mean confidence."""
     require(weighting in ("pixel", "mean"), "weighting: take pixel or mean")
     valid = ~padding
     loss = F.cross_entropy(logits, label, reduction="none")  # [B, H, W]
