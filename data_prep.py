@@ -53,27 +53,42 @@ from tqdm import tqdm
 
 IGNORE = 255  # mask value of pixels that belong to no class
 
+
 def require(ok, *problems: str) -> None:
     if not ok:
         more = (f"... and {len(problems) - 20} more",) * (len(problems) > 20)
         raise ValueError("\n".join(problems[:20] + more))
 
+
 def progress(iterable, title: str, **more) -> tqdm:
     """A progress bar; where there is no terminal, a line twice a minute."""
-    lines = {} if sys.stderr and sys.stderr.isatty() else dict(
-        miniters=1, mininterval=30, delay=30, bar_format="{desc}: {n_fmt} of {total_fmt}\n")
+    lines = (
+        {}
+        if sys.stderr and sys.stderr.isatty()
+        else dict(
+            miniters=1, mininterval=30, delay=30, bar_format="{desc}: {n_fmt} of {total_fmt}\n"
+        )
+    )
     return tqdm(iterable, title, **lines, **more)
+
 
 # The published data sets --------------------------------------------------------------------------
 
 # Of the 34 classes in the files of Cityscapes, 19 are trained; the others are ignored.
 TRAINED = [c for c in Cityscapes.classes if 0 <= c.train_id < IGNORE]
 CLASSES = {  # data set -> class names in the order of mask values, spelled as published
-    "voc": ("background|aeroplane|bicycle|bird|boat|bottle|bus|car|cat|chair|cow|diningtable|dog|"
-        "horse|motorbike|person|pottedplant|sheep|sofa|train|tvmonitor").split("|"),
-    "coco": ["background"] + [name for name in MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta[
-        "categories"][1:] if name != "N/A"],
-    "ade20k": ("wall|building|sky|floor|tree|ceiling|road|bed|windowpane|grass|cabinet|sidewalk|"
+    "voc": (
+        "background|aeroplane|bicycle|bird|boat|bottle|bus|car|cat|chair|cow|diningtable|dog|"
+        "horse|motorbike|person|pottedplant|sheep|sofa|train|tvmonitor"
+    ).split("|"),
+    "coco": ["background"]
+    + [
+        name
+        for name in MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]
+        if name != "N/A"
+    ],
+    "ade20k": (
+        "wall|building|sky|floor|tree|ceiling|road|bed|windowpane|grass|cabinet|sidewalk|"
         "person|earth|door|table|mountain|plant|curtain|chair|car|water|painting|sofa|shelf|house|"
         "sea|mirror|rug|field|armchair|seat|fence|desk|rock|wardrobe|lamp|bathtub|railing|cushion|"
         "base|box|column|signboard|chest of drawers|counter|sand|sink|skyscraper|fireplace|"
@@ -86,48 +101,102 @@ CLASSES = {  # data set -> class names in the order of mask values, spelled as p
         "waterfall|tent|bag|minibike|cradle|oven|ball|food|step|tank|trade name|microwave|pot|"
         "animal|bicycle|lake|dishwasher|screen|blanket|sculpture|hood|sconce|vase|traffic light|"
         "tray|ashcan|fan|pier|crt screen|plate|monitor|bulletin board|shower|radiator|glass|clock|"
-        "flag").split("|"),
-    "cityscapes": [c.name for c in sorted(TRAINED, key=lambda c: c.train_id)]}
+        "flag"
+    ).split("|"),
+    "cityscapes": [c.name for c in sorted(TRAINED, key=lambda c: c.train_id)],
+}
 
 Archive = namedtuple("Archive", "name size md5 urls")  # size in GB (about); MD5, if it is known
 ARCHIVES = {
-    "voc": [Archive("VOCtrainval_11-May-2012.tar", 2.0, "6cd6e144f989b92b3379bac3b3de84fd", (
-        "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
-        "https://d2l-data.s3-accelerate.amazonaws.com/VOCtrainval_11-May-2012.tar"))],
+    "voc": [
+        Archive(
+            "VOCtrainval_11-May-2012.tar",
+            2.0,
+            "6cd6e144f989b92b3379bac3b3de84fd",
+            (
+                "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+                "https://d2l-data.s3-accelerate.amazonaws.com/VOCtrainval_11-May-2012.tar",
+            ),
+        )
+    ],
     "coco": [
-        *(Archive(name, size, md5, (f"http://images.cocodataset.org/zips/{name}",
-                                    f"https://s3.amazonaws.com/images.cocodataset.org/zips/{name}"))
-          for name, size, md5 in (("train2017.zip", 19.3, "cced6f7f71b7629ddf16f17bbcfab6b2"),
-                                  ("val2017.zip", 0.8, "442b8da7639aecaf257c1dceb8ba8c80"))),
-        Archive("ground_truth_coco.zip", 0.5, None,
-                ("https://github.com/google-research/semivl/releases/download/checkpoints/"
-                 "ground_truth_coco.zip",))],
-    "ade20k": [Archive("ADEChallengeData2016.zip", 1.0, "7328b3957e407ddae1d3cbf487f149ef", (
-        "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",))],
+        *(
+            Archive(
+                name,
+                size,
+                md5,
+                (
+                    f"http://images.cocodataset.org/zips/{name}",
+                    f"https://s3.amazonaws.com/images.cocodataset.org/zips/{name}",
+                ),
+            )
+            for name, size, md5 in (
+                ("train2017.zip", 19.3, "cced6f7f71b7629ddf16f17bbcfab6b2"),
+                ("val2017.zip", 0.8, "442b8da7639aecaf257c1dceb8ba8c80"),
+            )
+        ),
+        Archive(
+            "ground_truth_coco.zip",
+            0.5,
+            None,
+            (
+                "https://github.com/google-research/semivl/releases/download/checkpoints/"
+                "ground_truth_coco.zip",
+            ),
+        ),
+    ],
+    "ade20k": [
+        Archive(
+            "ADEChallengeData2016.zip",
+            1.0,
+            "7328b3957e407ddae1d3cbf487f149ef",
+            ("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",),
+        )
+    ],
     "cityscapes": [  # both need a login, so they are taken from --source only
         Archive("leftImg8bit_trainvaltest.zip", 11.6, None, ()),
-        Archive("gtFine_trainvaltest.zip", 0.25, None, ())]}
+        Archive("gtFine_trainvaltest.zip", 0.25, None, ()),
+    ],
+}
 TAKEN = {  # pattern of a path in the archives -> path in the data folder; the rest is left out
     "voc": {r"VOCdevkit/VOC2012/((JPEGImages/[^/]+\.jpg)|(SegmentationClass/[^/]+\.png))": r"\1"},
     "coco": {r"((train|val)2017/\d{12}\.jpg)": r"\1", r"(.*/)?(\d{12}\.png)": r"masks/\2"},
-    "ade20k": {r"ADEChallengeData2016/((images|annotations)/(training|validation)/"
-               r"ADE_\w+\.(jpg|png))": r"\1"},
-    "cityscapes": {r"(leftImg8bit|gtFine)/(train|val)/\w+/\w+_(leftImg8bit|gtFine_labelIds)\.png":
-                   r"\g<0>"}}
-COUNTS = {"voc": (10_582, 1_449), "coco": (118_287, 5_000), "ade20k": (20_210, 2_000),
-          "cityscapes": (2_975, 500)}  # training images, validation images
+    "ade20k": {
+        r"ADEChallengeData2016/((images|annotations)/(training|validation)/"
+        r"ADE_\w+\.(jpg|png))": r"\1"
+    },
+    "cityscapes": {
+        r"(leftImg8bit|gtFine)/(train|val)/\w+/\w+_(leftImg8bit|gtFine_labelIds)\.png": r"\g<0>"
+    },
+}
+COUNTS = {  # training images, validation images
+    "voc": (10_582, 1_449),
+    "coco": (118_287, 5_000),
+    "ade20k": (20_210, 2_000),
+    "cityscapes": (2_975, 500),
+}
 
 COMMIT = "13ee65d6f27e197e0b55d987b346fc880fc811ca"  # of the authors' lists: they cannot change
-LIST_HOSTS = (f"https://raw.githubusercontent.com/google-research/semivl/{COMMIT}/",
-              f"https://cdn.jsdelivr.net/gh/google-research/semivl@{COMMIT}/")
+LIST_HOSTS = (
+    f"https://raw.githubusercontent.com/google-research/semivl/{COMMIT}/",
+    f"https://cdn.jsdelivr.net/gh/google-research/semivl@{COMMIT}/",
+)
 LISTS = {  # file below our splits/ -> file below theirs, or None: made by ade20k_list()
     "voc": {f"{n}/labeled.txt": f"pascal/{n}/labeled.txt" for n in (92, 183, 366, 732, 1464)}
     | {"val.txt": "pascal/val.txt", "train.txt": "pascal/train_aug.txt"},
-    "coco": {f"{n}/labeled.txt": f"coco/1_{part}/labeled.txt" for n, part in (
-        (232, 512), (463, 256), (925, 128), (1849, 64), (3697, 32))} | {"val.txt": "coco/val.txt"},
+    "coco": {
+        f"{n}/labeled.txt": f"coco/1_{part}/labeled.txt"
+        for n, part in ((232, 512), (463, 256), (925, 128), (1849, 64), (3697, 32))
+    }
+    | {"val.txt": "coco/val.txt"},
     "ade20k": {f"{n}/labeled.txt": None for n in (158, 316, 632, 1263, 2526)} | {"val.txt": None},
-    "cityscapes": {f"{n}/labeled.txt": f"cityscapes/1_{part}/labeled.txt" for n, part in (
-        (100, 30), (186, 16), (372, 8), (744, 4), (1488, 2))} | {"val.txt": "cityscapes/val.txt"}}
+    "cityscapes": {
+        f"{n}/labeled.txt": f"cityscapes/1_{part}/labeled.txt"
+        for n, part in ((100, 30), (186, 16), (372, 8), (744, 4), (1488, 2))
+    }
+    | {"val.txt": "cityscapes/val.txt"},
+}
+
 
 def download(url: str, file: Path) -> None:
     """Fetches a URL. What an earlier transfer left in FILE.part is continued, not fetched again."""
@@ -141,9 +210,12 @@ def download(url: str, file: Path) -> None:
                 size = start + int(answer.headers.get("Content-Length") or 0)
                 # Neither truncated nor opened to append: two processes that fetch it at the same
                 # time then write the same bytes at the same places, and that does no harm.
-                with open(part, "r+b" if part.exists() else "wb") as out, progress(
-                        None, file.name, total=size, initial=start, unit="B",
-                        unit_scale=True) as bar:
+                with (
+                    open(part, "r+b" if part.exists() else "wb") as out,
+                    progress(
+                        None, file.name, total=size, initial=start, unit="B", unit_scale=True
+                    ) as bar,
+                ):
                     out.seek(start)
                     while block := answer.read(1 << 18):
                         bar.update(out.write(block))
@@ -155,6 +227,7 @@ def download(url: str, file: Path) -> None:
                 part.replace(file)
             elif not file.exists() and (not part.exists() or part.stat().st_size <= have):
                 raise  # not a single byte came; otherwise the next round continues
+
 
 def fetch(archive: Archive, downloads: Path) -> Path:
     """The file in `downloads`, from the first URL that serves it with the right MD5."""
@@ -168,14 +241,20 @@ def fetch(archive: Archive, downloads: Path) -> Path:
             raise OSError("the MD5 is wrong")
         except (OSError, ValueError, http.client.HTTPException) as error:
             failed.append(f"{url}: {getattr(error, 'reason', error)}")
-    raise OSError(f"{archive.name} cannot be fetched ({'; '.join(failed)}); start again, or put it "
-                  "into a FOLDER under this name and run python data_prep.py NAME --source FOLDER")
+    raise OSError(
+        f"{archive.name} cannot be fetched ({'; '.join(failed)}); start again, or put it "
+        "into a FOLDER under this name and run python data_prep.py NAME --source FOLDER"
+    )
+
 
 def unpack(archive: Path, taken: dict[str, str], folder: Path) -> None:
     """The regular files of a tar or zip whose path matches a pattern of `taken`, and no others."""
+
     def place(name: str) -> str | None:
-        return next((match.expand(new) for old, new in taken.items()
-                     if (match := re.fullmatch(old, name))), None)
+        return next(
+            (match.expand(new) for old, new in taken.items() if (match := re.fullmatch(old, name))),
+            None,
+        )
 
     try:
         if archive.suffix == ".zip":
@@ -190,8 +269,10 @@ def unpack(archive: Path, taken: dict[str, str], folder: Path) -> None:
                     if info.isfile() and (new := place(info.name)):
                         file.extract(info.replace(name=new, deep=False), folder, filter="data")
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise ValueError(f"{archive}: damaged ({str(error).splitlines()[0]}); remove it and start "
-                         "again") from None
+        raise ValueError(
+            f"{archive}: damaged ({str(error).splitlines()[0]}); remove it and start again"
+        ) from None
+
 
 def read_mask(file: Path) -> np.ndarray:
     try:
@@ -200,8 +281,10 @@ def read_mask(file: Path) -> np.ndarray:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file.name}: not an image that can be read ({error})") from None
 
+
 def change_masks(files: list[Path], table: np.ndarray) -> None:
     """Rewrites masks through a table [256] of new values; labelIds become labelTrainIds."""
+
     def change(file: Path) -> None:
         mask = table[read_mask(file)]
         file.unlink()
@@ -210,6 +293,7 @@ def change_masks(files: list[Path], table: np.ndarray) -> None:
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(progress(pool.map(change, files), "convert masks", total=len(files)))
+
 
 def reduce_ade20k(folder: Path) -> None:
     """Masks of ADE20K: 0 ("other") becomes IGNORE, 1 to 150 become 0 to 149. Some copies
@@ -222,6 +306,7 @@ def reduce_ade20k(folder: Path) -> None:
     if found == 150:
         change_masks(files, np.arange(256, dtype=np.uint8) - 1)  # 0 wraps round to 255
 
+
 def ade20k_list(file: str) -> str:
     """The published list, "N/labeled.txt" or "val.txt", drawn as the authors drew it."""
     train, val = COUNTS["ade20k"]
@@ -230,11 +315,13 @@ def ade20k_list(file: str) -> str:
     else:
         names = [f"training/ADE_train_{i:08}" for i in range(1, train + 1)]
         random.Random(0).shuffle(names)
-        names = names[:int(Path(file).parent.name)]
+        names = names[: int(Path(file).parent.name)]
     return "\n".join(f"images/{name}.jpg annotations/{name}.png" for name in names)
+
 
 def write_json(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
 
 def settle(name: str, folder: Path) -> None:
     """From unpacked archives and lists to a data folder, with a check that it is complete."""
@@ -248,8 +335,11 @@ def settle(name: str, folder: Path) -> None:
     if name == "voc":  # most of these masks are not in the archive; unlabelled images need none
         images = [line.split()[0] for line in train.read_text(encoding="utf-8").splitlines()]
     else:
-        pattern = {"coco": "train2017/*.jpg", "ade20k": "images/training/*.jpg",
-                   "cityscapes": "leftImg8bit/train/*/*.png"}[name]
+        pattern = {
+            "coco": "train2017/*.jpg",
+            "ade20k": "images/training/*.jpg",
+            "cityscapes": "leftImg8bit/train/*/*.png",
+        }[name]
         images = sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern))
     train.write_text("\n".join(images), encoding="utf-8")
     write_json(folder / "dataset.json", {"classes": CLASSES[name], "ignore_index": IGNORE})
@@ -258,25 +348,39 @@ def settle(name: str, folder: Path) -> None:
     for file in ("train.txt", *LISTS[name]):
         lines = (folder / "splits" / file).read_text(encoding="utf-8").splitlines()
         count = counts.get(file) or int(Path(file).parent.name)
-        require(len(lines) == count, f"{name}: splits/{file} has {len(lines)} images instead of "
-                f"{count}; the archives or the lists are of another version")
+        require(
+            len(lines) == count,
+            f"{name}: splits/{file} has {len(lines)} images instead of "
+            f"{count}; the archives or the lists are of another version",
+        )
         missing |= {path for path in " ".join(lines).split() if not (folder / path).is_file()}
-    require(not missing, f"{name}: {len(missing)} listed files are not in the archives: "
-            + ", ".join(sorted(missing)[:3]) + ", ..." * (len(missing) > 3))
+    require(
+        not missing,
+        f"{name}: {len(missing)} listed files are not in the archives: "
+        + ", ".join(sorted(missing)[:3])
+        + ", ..." * (len(missing) > 3),
+    )
+
 
 def make_published(name: str, folder: Path, downloads: Path, source: str | None) -> None:
     """Fills `folder` from the archives and lists in `source`, or fetched to `downloads`."""
-    lists = [Archive(f"splits/{path}", 0, None, [f"{host}splits/{path}" for host in LIST_HOSTS])
-             for path in LISTS[name].values() if path]
+    lists = [
+        Archive(f"splits/{path}", 0, None, [f"{host}splits/{path}" for host in LIST_HOSTS])
+        for path in LISTS[name].values()
+        if path
+    ]
     wanted = lists + ARCHIVES[name]
     if source and "://" in source:
         wanted = [a._replace(urls=[f"{source.rstrip('/')}/{a.name}", *a.urls]) for a in wanted]
     files = {a.name: file for a in wanted if source and (file := Path(source) / a.name).is_file()}
     missing = [a for a in wanted if a.name not in files]
     login = [a.name for a in missing if not a.urls]
-    require(not login, f"{name}: {' and '.join(login)} cannot be fetched without a login; get the "
-            "archives from https://www.cityscapes-dataset.com, then run python data_prep.py "
-            "cityscapes --source FOLDER_OF_BOTH")
+    require(
+        not login,
+        f"{name}: {' and '.join(login)} cannot be fetched without a login; get the "
+        "archives from https://www.cityscapes-dataset.com, then run python data_prep.py "
+        "cityscapes --source FOLDER_OF_BOTH",
+    )
     print(f"making {downloads.parent / name}; fetched files stay in {downloads} until the end:")
     for a in ARCHIVES[name]:
         print(f"  {a.size:5.1f} GB  {files.get(a.name) or a.urls[0]}", flush=True)
@@ -284,8 +388,10 @@ def make_published(name: str, folder: Path, downloads: Path, source: str | None)
     need -= sum(f.stat().st_size for a in missing for f in downloads.glob(f"{a.name}*")) / 1e9
     free = shutil.disk_usage(folder).free / 1e9
     if free < need:
-        raise OSError(f"{name} needs about {need:.1f} GB, but {free:.1f} GB are free in "
-                      f"{downloads.parent}; choose another disk by --root")
+        raise OSError(
+            f"{name} needs about {need:.1f} GB, but {free:.1f} GB are free in "
+            f"{downloads.parent}; choose another disk by --root"
+        )
 
     downloads.mkdir(exist_ok=True)
     fetched = {a.name: fetch(a, downloads) for a in missing}
@@ -303,6 +409,7 @@ def make_published(name: str, folder: Path, downloads: Path, source: str | None)
     with contextlib.suppress(OSError):
         downloads.rmdir()  # unless the user keeps something there
 
+
 def prepare(name: str, root="data", source: str | None = None) -> Path:
     """Makes root/NAME, complete or not at all, if it is not there already, and returns its path.
     source: folder, or URL of a mirror, with the archives (and perhaps the lists under splits/)."""
@@ -310,12 +417,17 @@ def prepare(name: str, root="data", source: str | None = None) -> Path:
     # Toy worlds of older versions lack this file; semivl.py could not load their CLIP.
     mark = target / ("open_clip_config.json" if name == "toy" else "dataset.json")
     require(name != "toy" or not source, "--source does not go with toy: nothing is fetched for it")
-    require(not source or "://" in source or Path(source).is_dir(),
-            f"--source {source}: neither a folder nor a URL")
+    require(
+        not source or "://" in source or Path(source).is_dir(),
+        f"--source {source}: neither a folder nor a URL",
+    )
     if mark.is_file():
         return target
-    require(not target.exists(), f"{target} has no {mark.name}: another program or an older "
-            "version made it; move it away and start again")
+    require(
+        not target.exists(),
+        f"{target} has no {mark.name}: another program or an older "
+        "version made it; move it away and start again",
+    )
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as temporary:
         folder = Path(temporary) / name  # other users may read it, unlike the temporary folder
@@ -331,6 +443,7 @@ def prepare(name: str, root="data", source: str | None = None) -> Path:
                 raise OSError(f"{target} cannot be made: {error}") from None
     return target
 
+
 # The toy world ------------------------------------------------------------------------------------
 # A scene shows things, each of which is a class, on one of four grounds, and clutter. Ground and
 # clutter are the background. CLIP's corpus has captions like "a photo of a cat and a rock on a
@@ -345,55 +458,120 @@ SPLITS = {"train": 600, "val": 100, "test": 200}
 CORPUS = 16_000  # images that CLIP is pre-trained on
 ZOOM = 3  # icons are painted this much larger, then averaged down, for smooth edges
 COLORS = {
-    "red": (222, 62, 58), "orange": (240, 146, 54), "yellow": (248, 208, 76), "dark": (52, 50, 62),
-    "green": (74, 154, 84), "lime": (150, 196, 84), "blue": (66, 118, 204), "hole": (0, 0, 0, 0),
-    "sky": (138, 200, 236), "pink": (242, 150, 180), "brown": (146, 98, 62),
-    "cream": (250, 234, 200), "white": (250, 250, 248), "grey": (160, 166, 178)}
+    "red": (222, 62, 58),
+    "orange": (240, 146, 54),
+    "yellow": (248, 208, 76),
+    "dark": (52, 50, 62),
+    "green": (74, 154, 84),
+    "lime": (150, 196, 84),
+    "blue": (66, 118, 204),
+    "hole": (0, 0, 0, 0),
+    "sky": (138, 200, 236),
+    "pink": (242, 150, 180),
+    "brown": (146, 98, 62),
+    "cream": (250, 234, 200),
+    "white": (250, 250, 248),
+    "grey": (160, 166, 178),
+}
 THINGS = {  # class -> (body colours, body pattern, icon)
-    "car": ("red blue", "plain", """poly sky -.62 -.05 -.4 -.6 .34 -.6 .66 -.05
+    "car": (
+        "red blue",
+        "plain",
+        """poly sky -.62 -.05 -.4 -.6 .34 -.6 .66 -.05
         round body -1 -.14 1 .44; box body -.08 -.6 .04 0; disc dark -.76 .16 -.22 .7
         disc dark .22 .16 .76 .7; disc grey -.58 .34 -.4 .52; disc grey .4 .34 .58 .52
-        disc yellow .8 -.02 1 .18"""),
-    "boat": ("white cream", "stripes", """poly brown -1 .3 1 .3 .62 .88 -.66 .88
+        disc yellow .8 -.02 1 .18""",
+    ),
+    "boat": (
+        "white cream",
+        "stripes",
+        """poly brown -1 .3 1 .3 .62 .88 -.66 .88
         box dark -.07 -1 .05 .3; poly body .1 -.95 .92 .18 .1 .18
-        poly body -.14 -.7 -.8 .18 -.14 .18; box cream -.9 .3 .9 .44"""),
-    "rocket": ("white", "plain", """poly orange -.26 .6 .26 .6 0 1
+        poly body -.14 -.7 -.8 .18 -.14 .18; box cream -.9 .3 .9 .44""",
+    ),
+    "rocket": (
+        "white",
+        "plain",
+        """poly orange -.26 .6 .26 .6 0 1
         poly orange -.66 .74 -.3 .02 .3 .02 .66 .74; disc body -.4 -1 .4 .72
         poly orange -.27 -.62 0 -1 .27 -.62; disc blue -.22 -.36 .22 .08
-        disc sky -.13 -.27 .13 -.01"""),
-    "cat": ("orange brown", "stripes", """poly body -.84 -1 -.86 .1 -.1 -.5
+        disc sky -.13 -.27 .13 -.01""",
+    ),
+    "cat": (
+        "orange brown",
+        "stripes",
+        """poly body -.84 -1 -.86 .1 -.1 -.5
         poly body .84 -1 .86 .1 .1 -.5; poly pink -.7 -.66 -.7 -.2 -.4 -.44
         poly pink .7 -.66 .7 -.2 .4 -.44; disc body -.96 -.62 .96 .9; disc white -.44 .2 .44 .8
-        disc dark -.54 -.2 -.22 .2; disc dark .22 -.2 .54 .2; poly pink -.16 .3 .16 .3 0 .48"""),
-    "fish": ("blue yellow", "dots", """poly body .4 0 1 -.6 .9 0 1 .6
+        disc dark -.54 -.2 -.22 .2; disc dark .22 -.2 .54 .2; poly pink -.16 .3 .16 .3 0 .48""",
+    ),
+    "fish": (
+        "blue yellow",
+        "dots",
+        """poly body .4 0 1 -.6 .9 0 1 .6
         poly body -.3 -.4 .1 -.8 .35 -.3; disc body -1 -.54 .62 .54; disc white -.78 -.28 -.42 .08
-        disc dark -.72 -.2 -.52 0"""),
-    "ladybug": ("red orange", "dots", """disc dark -.42 -1 .42 -.2; disc body -.86 -.72 .86 .9
-        box dark -.06 -.7 .06 .88; disc white -.3 -.94 -.1 -.74; disc white .1 -.94 .3 -.74"""),
-    "flower": ("pink yellow", "plain", """box green -.08 .2 .08 1
+        disc dark -.72 -.2 -.52 0""",
+    ),
+    "ladybug": (
+        "red orange",
+        "dots",
+        """disc dark -.42 -1 .42 -.2; disc body -.86 -.72 .86 .9
+        box dark -.06 -.7 .06 .88; disc white -.3 -.94 -.1 -.74; disc white .1 -.94 .3 -.74""",
+    ),
+    "flower": (
+        "pink yellow",
+        "plain",
+        """box green -.08 .2 .08 1
         poly green 0 .84 .62 .44 .5 .84; disc body -.32 -1 .32 -.36; disc body -.32 -.24 .32 .4
-        disc body -.74 -.62 -.1 .02; disc body .1 -.62 .74 .02; disc orange -.26 -.56 .26 -.04"""),
-    "cactus": ("lime", "stripes", """round body -.3 -.96 .3 .7; round body -.86 -.4 -.54 .24
+        disc body -.74 -.62 -.1 .02; disc body .1 -.62 .74 .02; disc orange -.26 -.56 .26 -.04""",
+    ),
+    "cactus": (
+        "lime",
+        "stripes",
+        """round body -.3 -.96 .3 .7; round body -.86 -.4 -.54 .24
         round body .54 -.6 .86 .04; box body -.7 .02 -.2 .24; box body .2 -.18 .7 .04
-        disc pink -.2 -1 .2 -.72; poly orange -.54 .5 .54 .5 .4 1 -.4 1"""),
-    "donut": ("pink brown", "dots", """disc orange -.96 -.9 .96 .96; disc body -.9 -.9 .9 .8
-        disc orange -.36 -.38 .36 .34; disc hole -.28 -.28 .28 .3"""),
-    "castle": ("pink cream", "stripes", """box body -.6 -.3 .6 .92; box body -.96 -.7 -.44 .92
+        disc pink -.2 -1 .2 -.72; poly orange -.54 .5 .54 .5 .4 1 -.4 1""",
+    ),
+    "donut": (
+        "pink brown",
+        "dots",
+        """disc orange -.96 -.9 .96 .96; disc body -.9 -.9 .9 .8
+        disc orange -.36 -.38 .36 .34; disc hole -.28 -.28 .28 .3""",
+    ),
+    "castle": (
+        "pink cream",
+        "stripes",
+        """box body -.6 -.3 .6 .92; box body -.96 -.7 -.44 .92
         box body .44 -.7 .96 .92; poly blue -1 -.6 -.7 -1 -.4 -.6; poly blue .4 -.6 .7 -1 1 -.6
-        box body -.36 -.5 -.14 -.2; box body .14 -.5 .36 -.2; round dark -.24 .3 .24 .92""")}
+        box body -.36 -.5 -.14 -.2; box body .14 -.5 .36 -.2; round dark -.24 .3 .24 .92""",
+    ),
+}
 CLUTTER = {  # the same, of what belongs to the background
-    "tree": ("green", "plain", """box brown -.18 .3 .18 1; disc body -.9 -.4 .1 .5
+    "tree": (
+        "green",
+        "plain",
+        """box brown -.18 .3 .18 1; disc body -.9 -.4 .1 .5
         disc body -.1 -.4 .9 .5; disc body -.6 -1 .6 .2; disc lime -.34 -.76 .06 -.4
-        disc lime .3 -.16 .62 .12"""),
-    "rock": ("grey", "dots", """poly body -1 .7 -.8 -.2 -.3 -.7 .3 -.6 .9 .1 1 .7
-        poly white -.6 -.1 -.3 -.5 .1 -.4 -.2 -.2"""),
-    "mushroom": ("brown", "plain", """round cream -.25 -.1 .25 .9; dome body -.9 -.8 .9 .9""")}
+        disc lime .3 -.16 .62 .12""",
+    ),
+    "rock": (
+        "grey",
+        "dots",
+        """poly body -1 .7 -.8 -.2 -.3 -.7 .3 -.6 .9 .1 1 .7
+        poly white -.6 -.1 -.3 -.5 .1 -.4 -.2 -.2""",
+    ),
+    "mushroom": ("brown", "plain", """round cream -.25 -.1 .25 .9; dome body -.9 -.8 .9 .9"""),
+}
 GROUNDS = {  # ground -> (base colour, second colour)
-    "meadow": ((126, 182, 92), (96, 156, 74)), "beach": ((236, 214, 160), (216, 188, 130)),
-    "lake": ((92, 166, 214), (150, 206, 236)), "snowfield": ((234, 242, 250), (202, 218, 236))}
+    "meadow": ((126, 182, 92), (96, 156, 74)),
+    "beach": ((236, 214, 160), (216, 188, 130)),
+    "lake": ((92, 166, 214), (150, 206, 236)),
+    "snowfield": ((234, 242, 250), (202, 218, 236)),
+}
 TOY_CLASSES = ["background", *THINGS]
 TOY_DEFINITIONS = {"background": [*GROUNDS, *CLUTTER]}
 MASK_COLORS = "dark red orange yellow green lime blue sky pink brown cream".split()
+
 
 def paint_body(color: tuple, pattern: str, side: int, rng: random.Random) -> Image.Image:
     """A square of cloth [side, side] from which the icon's body is cut."""
@@ -415,6 +593,7 @@ def paint_body(color: tuple, pattern: str, side: int, rng: random.Random) -> Ima
                 draw.circle((x, y), 0.045 * side, fill=mark)
     return cloth
 
+
 def draw_part(draw: ImageDraw.ImageDraw, kind: str, xy: list[float], fill) -> None:
     if kind == "dome":
         draw.pieslice(xy, 180, 360, fill=fill)
@@ -422,6 +601,7 @@ def draw_part(draw: ImageDraw.ImageDraw, kind: str, xy: list[float], fill) -> No
         draw.rounded_rectangle(xy, 0.45 * min(xy[2] - xy[0], xy[3] - xy[1]), fill=fill)
     else:
         {"disc": draw.ellipse, "box": draw.rectangle, "poly": draw.polygon}[kind](xy, fill=fill)
+
 
 def paint_icon(name: str, radius: float, rng: random.Random) -> Image.Image:
     """One object, RGBA [2 radius, 2 radius], in a random colour, direction and small tilt."""
@@ -442,6 +622,7 @@ def paint_icon(name: str, radius: float, rng: random.Random) -> Image.Image:
     if rng.random() < 0.5:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return sprite.rotate(rng.uniform(-12, 12)).reduce(ZOOM)
+
 
 def paint_ground(name: str, rng: random.Random, side: int = 512) -> Image.Image:
     """A large textured ground [side, side]; scenes and corpus images are cut out of it."""
@@ -467,15 +648,19 @@ def paint_ground(name: str, rng: random.Random, side: int = 512) -> Image.Image:
             draw.circle((x, y), 1.2, fill=ink)
     return ground
 
+
 class Painter:
     """Paints scenes and corpus images from one random stream."""
+
     def __init__(self, seed: str):
         self.rng = random.Random(seed)
         self.grounds = {name: paint_ground(name, self.rng) for name in GROUNDS}
+
     def ground(self, side: int) -> tuple[str, Image.Image]:
         name, whole = self.rng.choice(list(self.grounds.items()))
         x, y = self.rng.randrange(whole.width - side), self.rng.randrange(whole.height - side)
         return name, whole.crop((x, y, x + side, y + side))
+
     def place(self, image: Image.Image, name: str, x: float, y: float) -> tuple:
         """Paints an object with a soft shadow at (x, y) -> its exact outline and corner."""
         sprite = paint_icon(name, self.rng.uniform(*RADIUS), self.rng)
@@ -484,6 +669,7 @@ class Painter:
         image.paste((30, 40, 50), (corner[0] + 2, corner[1] + 4), alpha.point(lambda v: v * 0.3))
         image.paste(sprite, corner, alpha)
         return alpha.point(lambda v: 255 * (v > 127)), corner
+
     def scene(self) -> tuple[Image.Image, Image.Image]:
         """One to three things, and clutter, one per quarter -> image RGB and mask P [96, 96]."""
         rng = self.rng
@@ -500,6 +686,7 @@ class Painter:
             outline, corner = self.place(image, name, x, y)
             mask.paste(TOY_CLASSES.index(name) if i < things else 0, corner, outline)
         return image, mask
+
     def captioned(self) -> tuple[Image.Image, str]:
         """Up to two objects, often cut by the border -> image RGB [60, 60] and caption."""
         rng = self.rng
@@ -514,23 +701,45 @@ class Painter:
         caption = "a photo of a " + " and a ".join(names or [ground])
         return image, caption + f" on a {ground}" * bool(names)
 
+
 # Pre-training of the tiny CLIP
 STEPS = 600
 BATCHES = {24: 192, 48: 96}  # side of the crops that CLIP sees -> images in a step, in turn
 LR = 3e-3
-CLIP_CONFIGS = {"toy": {  # settings as open_clip has them
-    "embed_dim": 64, "vision_cfg": {"image_size": SCENE, "patch_size": 8, "width": 96, "layers": 3,
-                                    "head_width": 32, "pool_type": "avg"},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}}}
+CLIP_CONFIGS = {
+    "toy": {  # settings as open_clip has them
+        "embed_dim": 64,
+        "vision_cfg": {
+            "image_size": SCENE,
+            "patch_size": 8,
+            "width": 96,
+            "layers": 3,
+            "head_width": 32,
+            "pool_type": "avg",
+        },
+        "text_cfg": {
+            "context_length": 16,
+            "vocab_size": 49408,
+            "width": 64,
+            "heads": 2,
+            "layers": 1,
+        },
+    }
+}
+
 
 def empty_clip(name: str) -> open_clip.CLIP:
     """The CLIP of that name with random weights."""
     return open_clip.CLIP(**CLIP_CONFIGS[name])
 
+
 def random_crops(images: torch.Tensor, side: int) -> torch.Tensor:
     """[N, 3, H, H] -> [N, 3, side, side], each cut at its own random place."""
     corners = torch.randint(images.shape[-1] - side + 1, (2, len(images))).T.tolist()
-    return torch.stack([image[:, y:y + side, x:x + side] for image, (y, x) in zip(images, corners)])
+    return torch.stack(
+        [image[:, y : y + side, x : x + side] for image, (y, x) in zip(images, corners)]
+    )
+
 
 def encode_mosaic(model: open_clip.CLIP, crops: torch.Tensor) -> torch.Tensor:
     """Crops [N, 3, t, t] -> their embeddings [N, E], encoded as tiles of common canvases. The
@@ -545,6 +754,7 @@ def encode_mosaic(model: open_clip.CLIP, crops: torch.Tensor) -> torch.Tensor:
     tiles = F.avg_pool2d(patches, side // model.visual.patch_size[0])
     return tiles.permute(0, 2, 3, 1).flatten(0, 2) @ model.visual.proj
 
+
 def contrastive_loss(images, texts, caption, scale) -> torch.Tensor:
     """CLIP's loss for embeddings [N, E]; images with the same caption [N] share the target."""
     logits = scale * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
@@ -552,12 +762,15 @@ def contrastive_loss(images, texts, caption, scale) -> torch.Tensor:
     target = same / same.sum(1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
+
 def pretrain_tiny_clip(images: list[Image.Image], captions: list[str]) -> open_clip.CLIP:
     """Contrastive pre-training on images [60, 60] with one caption each."""
     images = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     images = images.permute(0, 3, 1, 2).contiguous()  # uint8 [N, 3, 60, 60]
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (
-        open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1)
+        for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    )
     torch.manual_seed(0)
     model = empty_clip("toy")
     # Guidance assumes a scale of 100, at which real CLIP ends. Learned, it would stay near 20 here,
@@ -568,15 +781,20 @@ def pretrain_tiny_clip(images: list[Image.Image], captions: list[str]) -> open_c
     texts, caption = torch.unique(texts, dim=0, return_inverse=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LR, STEPS, pct_start=0.1, cycle_momentum=False)
+        optimizer, LR, STEPS, pct_start=0.1, cycle_momentum=False
+    )
     bar = progress(range(STEPS), "pre-training the tiny CLIP")
     for step in bar:
         side, size = [*BATCHES.items()][step % len(BATCHES)]
         batch = torch.randint(len(images), (size,))
         crops = (random_crops(images[batch], side) / 255 - mean) / std
         used, which = torch.unique(caption[batch], return_inverse=True)
-        loss = contrastive_loss(encode_mosaic(model, crops), model.encode_text(texts[used])[which],
-                                which, model.logit_scale.exp())
+        loss = contrastive_loss(
+            encode_mosaic(model, crops),
+            model.encode_text(texts[used])[which],
+            which,
+            model.logit_scale.exp(),
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -584,6 +802,7 @@ def pretrain_tiny_clip(images: list[Image.Image], captions: list[str]) -> open_c
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
     return model.eval()
+
 
 def make_toy(folder: Path) -> None:
     """Scenes with masks, and a CLIP that open_clip.create_model("local-dir:FOLDER") loads."""
@@ -598,22 +817,33 @@ def make_toy(folder: Path) -> None:
                 image.save(folder / name)
         lines = "".join(f"{image} {mask}\n" for image, mask in names)
         (folder / f"splits/{split}.txt").write_text(lines, encoding="utf-8")
-    write_json(folder / "dataset.json", {
-        "classes": TOY_CLASSES, "definitions": TOY_DEFINITIONS, "ignore_index": IGNORE})
+    write_json(
+        folder / "dataset.json",
+        {"classes": TOY_CLASSES, "definitions": TOY_DEFINITIONS, "ignore_index": IGNORE},
+    )
     painter = Painter("corpus 0")
     bar = progress(range(CORPUS), "painting the corpus")
     images, captions = zip(*(painter.captioned() for _ in bar))
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         clip = pretrain_tiny_clip(images, captions)
     torch.save(clip.state_dict(), folder / "open_clip_pytorch_model.bin")
-    write_json(folder / "open_clip_config.json", {
-        "model_cfg": CLIP_CONFIGS["toy"], "preprocess_cfg": {
-            "mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}})
+    write_json(
+        folder / "open_clip_config.json",
+        {
+            "model_cfg": CLIP_CONFIGS["toy"],
+            "preprocess_cfg": {
+                "mean": open_clip.OPENAI_DATASET_MEAN,
+                "std": open_clip.OPENAI_DATASET_STD,
+            },
+        },
+    )
+
 
 # Your own pictures --------------------------------------------------------------------------------
 # A label is (class name, its number in masks, its colour in masks or None).
 
 NO_LABEL = ("void", "ignore", "__ignore__", "unlabeled", "unlabelled")  # these are no classes
+
 
 def read_labelmap(file: Path) -> list[tuple]:
     """Labels of CVAT ("NAME:R,G,B::" a line), Roboflow ("VALUE, NAME") or labelme ("NAME")."""
@@ -626,11 +856,15 @@ def read_labelmap(file: Path) -> list[tuple]:
         number, name, color = match.groups() if match else ("256", "", None)
         color = color and tuple(map(int, color.split(",")))
         kinds.add((number is None, color is None))
-        require(len(kinds) == 1 and max(int(number or 0), *(color or [0])) < 256, f"{file}, line "
-                f"{at}: {line!r} should be 'NAME:R,G,B::', 'VALUE, NAME' or 'NAME' (to 255, UTF-8)")
+        require(
+            len(kinds) == 1 and max(int(number or 0), *(color or [0])) < 256,
+            f"{file}, line "
+            f"{at}: {line!r} should be 'NAME:R,G,B::', 'VALUE, NAME' or 'NAME' (to 255, UTF-8)",
+        )
         if labels or line != "__ignore__":  # as the first line, labelme does not count it
             labels.append((name, len(labels) if number is None else int(number), color))
     return labels
+
 
 def pair_pictures(images: Path, masks: Path) -> list[tuple]:
     """(image, mask of the same name or None), in the order of names: paths without suffix."""
@@ -639,17 +873,26 @@ def pair_pictures(images: Path, masks: Path) -> list[tuple]:
         for file in sorted(folder.rglob("*")):
             path = file.relative_to(folder)
             name = unicodedata.normalize("NFC", path.with_suffix("").as_posix().lower())
-            if (file.suffix.lower() not in suffixes or any(part[0] == "." for part in path.parts)
-                    or folder == other and name.endswith("_mask") != kind
-                    or folder in other.parents and other in file.parents or not file.is_file()):
+            if (
+                file.suffix.lower() not in suffixes
+                or any(part[0] == "." for part in path.parts)
+                or folder == other
+                and name.endswith("_mask") != kind
+                or folder in other.parents
+                and other in file.parents
+                or not file.is_file()
+            ):
                 continue
             name = name.removesuffix("_mask") if kind and name not in found[0] else name
             if found[kind].setdefault(name, file) != file:
                 problems.append(f"{found[kind][name]} and {file}: one name for two; rename one")
             if re.search("[\0-\x1f\x85\u2028\u2029\ud800-\udfff\\\\]", path.as_posix()):
                 problems.append(f"{str(file)!r}: letters that lists cannot hold; rename it")
-        require(found[kind], f"{folder}: no {('images', 'masks')[kind]} there; images are needed, "
-                "and masks for some, in --masks DIR or as NAME_mask.png beside NAME.jpg")
+        require(
+            found[kind],
+            f"{folder}: no {('images', 'masks')[kind]} there; images are needed, "
+            "and masks for some, in --masks DIR or as NAME_mask.png beside NAME.jpg",
+        )
     require(not problems, *problems)
     lost = [str(file) for name, file in found[1].items() if name not in found[0]]
     told = f"masks have no image of their name: {', '.join(lost[:3])}" + ", ..." * (len(lost) > 3)
@@ -658,22 +901,29 @@ def pair_pictures(images: Path, masks: Path) -> list[tuple]:
         print(f"note: {len(lost)} {told}")
     return [(image, found[1].get(name)) for name, image in sorted(found[0].items())]
 
+
 def count_pixels(file: Path) -> tuple[dict, dict] | str:
     """A mask's pixels by number (empty if it is drawn in RGB) and by colour, or what is wrong."""
     try:
         with Image.open(file) as image:
             kind = f"{image.format} {image.info.get('compression', '')}".strip()
-            require(re.match("(PNG|TIFF|BMP)(?!.*(jp|webp))", kind),
-                    f"{kind} may change numbers; export masks as PNG")
-            require(image.mode in ("P", "L", "I", "I;16", "RGB", "RGBA") and not re.search(
-                "'[^IP']*;", str(image.tile)), f"mode {image.mode}, or not 8 bits a value, would "
-                "change numbers; export masks as greyscale, palette or RGB with 8 bits")
+            require(
+                re.match("(PNG|TIFF|BMP)(?!.*(jp|webp))", kind),
+                f"{kind} may change numbers; export masks as PNG",
+            )
+            require(
+                image.mode in ("P", "L", "I", "I;16", "RGB", "RGBA")
+                and not re.search("'[^IP']*;", str(image.tile)),
+                f"mode {image.mode}, or not 8 bits a value, would "
+                "change numbers; export masks as greyscale, palette or RGB with 8 bits",
+            )
             colors = image.convert("RGB").getcolors(4096)
             require(colors, "over 4096 colours; export masks as flat areas with hard edges")
             values = np.unique(image, return_counts=True) if image.mode[0] != "R" else ()
             return dict(zip(*(part.tolist() for part in values))), {c: n for n, c in colors}
     except Exception as error:  # damaged files make Pillow raise almost anything
         return f"{file}: {error}"
+
 
 def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0.2, seed=0) -> None:
     """Makes a data folder that points to pictures where they lie, as told on top of this file.
@@ -690,9 +940,14 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
         twice = [v for v in column if v is not None and column.count(v) > 1]
         require(not twice, f"{source}: {twice[:1]} is there twice")
     void = [label[0] for label in labels if label[0].lower() in NO_LABEL]
-    require(not (labelmap or classes) or all(name for name, *_ in labels) and len(void) < 2
-            and 2 <= len(labels) - len(void) <= 255, f"{source}: should name 2 to 255 classes "
-            f"(not ''), and at most one of {', '.join(NO_LABEL)}")
+    require(
+        not (labelmap or classes)
+        or all(name for name, *_ in labels)
+        and len(void) < 2
+        and 2 <= len(labels) - len(void) <= 255,
+        f"{source}: should name 2 to 255 classes "
+        f"(not ''), and at most one of {', '.join(NO_LABEL)}",
+    )
 
     pairs = pair_pictures(images, masks)
     masked = [pair for pair in pairs if pair[1]]
@@ -701,16 +956,21 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
     require(not (problems := [told for told in found if isinstance(told, str)]), *problems)
     numbers = {number: name for name, number, _ in labels}
     colors = {color: name for name, _, color in labels if color}
-    fits = [sum({*counts[i]} <= {*table, IGNORE} for counts in found)
-            for i, table in enumerate((numbers, colors))]
+    fits = [
+        sum({*counts[i]} <= {*table, IGNORE} for counts in found)
+        for i, table in enumerate((numbers, colors))
+    ]
     # Masks with a palette, as VOC's, may fit both ways: then their colours are meant.
     colored = any(not counts[0] for counts in found) or bool(colors) and fits[1] >= fits[0]
     pixels, shown = Counter(), Counter()
     for counts in found:
         pixels.update(counts[colored])
         shown.update([*counts[colored]])
-    require(labels, f"masks hold {sorted(pixels)[:30]}: name 0, 1, 2 ... by --classes a,b,c, other "
-            "values by --labelmap FILE with lines VALUE, NAME, colours with lines NAME:R,G,B")
+    require(
+        labels,
+        f"masks hold {sorted(pixels)[:30]}: name 0, 1, 2 ... by --classes a,b,c, other "
+        "values by --labelmap FILE with lines VALUE, NAME, colours with lines NAME:R,G,B",
+    )
     names = colors if colors and colored else numbers  # value in the masks -> class
     ends = ((0, 0, 0), (255, 255, 255)) if colored else (0, 255)
     if [*names] == [0, 1] and ends[1] in pixels.keys() <= {*ends}:
@@ -728,9 +988,16 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
 
     count = max(1, min(len(masked) - 1, round(val * len(masked))))
     drawn = {*random.Random(seed).sample(masked, count)}
-    content = {"classes": [*keys], "ignore_index": ignore, "made": {
-        "images": os.path.relpath(images, home), "masks": os.path.relpath(masks, home),
-        "val": val, "seed": seed}}
+    content = {
+        "classes": [*keys],
+        "ignore_index": ignore,
+        "made": {
+            "images": os.path.relpath(images, home),
+            "masks": os.path.relpath(masks, home),
+            "val": val,
+            "seed": seed,
+        },
+    }
     if [*keys.values()] != [*range(len(keys))]:
         content["colors"] = keys
     home.mkdir(parents=True, exist_ok=True)
@@ -738,10 +1005,18 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
         new = [Path(temporary) / path.name for path in made]
         new[0].mkdir()
         for name in ("train", "val"):
-            lines = [[Path(os.path.relpath(file, home)).as_posix() for file in pair if file]
-                     for pair in pairs if (pair in drawn) == (name == "val")]
-            lines = [" ".join(line) if " ".join(line).split() == line else  # else with a TAB
-                     "\t".join((*line, "")[:2]) for line in lines]
+            lines = [
+                [Path(os.path.relpath(file, home)).as_posix() for file in pair if file]
+                for pair in pairs
+                if (pair in drawn) == (name == "val")
+            ]
+            lines = [
+                " ".join(line)
+                if " ".join(line).split() == line
+                # else with a TAB
+                else "\t".join((*line, "")[:2])
+                for line in lines
+            ]
             (new[0] / f"{name}.txt").write_text("\n".join([*lines, ""]), encoding="utf-8")
         write_json(new[1], content)
         for file, path in zip(new, made):
@@ -751,21 +1026,29 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
     left, bare = len(masked) - count, len(pairs) - len(masked)
     print(f"{left} images with and {bare} without mask to train, {count} to validate; next:")
     folder = f'"{folder}"' if " " in str(folder) else folder
-    print(f"python semivl.py --dataset {folder} --labels {left if bare else max(1, left // 4)}"
-          + " --unlabelled off" * (left == 1 and not bare))
+    print(
+        f"python semivl.py --dataset {folder} --labels {left if bare else max(1, left // 4)}"
+        + " --unlabelled off" * (left == 1 and not bare)
+    )
+
 
 def main(argv=None) -> int:
     """Command line: `data_prep.py toy|voc|coco|ade20k|cityscapes`, or FOLDER --images DIR."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     sets = ["toy", *ARCHIVES]
     parser.add_argument("dataset", help=f"{', '.join(sets)}; with --images a FOLDER to make")
     parser.add_argument("--root", help="where data sets are kept [data]")
     parser.add_argument("--source", help="folder, or URL of a mirror, that has the archives")
     parser.add_argument("--images", metavar="DIR", help="your own pictures, also in subfolders")
     parser.add_argument("--masks", metavar="DIR", help="their masks [NAME_mask.png in --images]")
-    parser.add_argument("--classes", metavar="a,b,c", help="names of the mask values 0, 1, 2 ...",
-                        type=lambda text: [name.strip() for name in text.split(",")])
+    parser.add_argument(
+        "--classes",
+        metavar="a,b,c",
+        help="names of the mask values 0, 1, 2 ...",
+        type=lambda text: [name.strip() for name in text.split(",")],
+    )
     parser.add_argument("--labelmap", metavar="FILE", help="or a file of CVAT, Roboflow, labelme")
     parser.add_argument("--val", type=float, help="share of the masks for validation [0.2]")
     # A mistake is told in one line, as are those below; argparse would print its usage before it.
@@ -774,9 +1057,11 @@ def main(argv=None) -> int:
     name, root, source = map(args.pop, ("dataset", "root", "source"))
     own = {key: value for key, value in args.items() if value is not None}
     try:
-        require(not own if name in sets else "images" in own and not root and not source,
-                f"{name}: should be one of {', '.join(sets)} (with --root, --source), or a "
-                "new FOLDER, with --images DIR (and --masks, --classes, --labelmap, --val)")
+        require(
+            not own if name in sets else "images" in own and not root and not source,
+            f"{name}: should be one of {', '.join(sets)} (with --root, --source), or a "
+            "new FOLDER, with --images DIR (and --masks, --classes, --labelmap, --val)",
+        )
         if own:
             from_pictures(name, **own)
         else:
@@ -790,6 +1075,7 @@ def main(argv=None) -> int:
         message, code = "interrupted" + "; what was fetched is kept" * (not own), 130
     print(f"data_prep.py: {message}", file=sys.stderr)  # only here are all progress bars closed
     return code
+
 
 if __name__ == "__main__":
     for stream in filter(None, (sys.stdout, sys.stderr)):

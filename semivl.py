@@ -63,10 +63,12 @@ from torchvision.transforms.v2 import functional as VF
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+
 # 1. Settings: one flat Config, PRESETS for each data set, and the command line over both ----------
 @dataclasses.dataclass
 class Config:
     """The options: `vit_lr` is --vit-lr, `conf_thresh` is --conf. --help shows the comments."""
+
     dataset: str = "voc"  # toy, voc, coco, ade20k, cityscapes or FOLDER; no --dataset: toy
     labels: int = 92  # how many images are labelled; all others of train.txt are used without mask
     root: str = "data"  # folder in which the named data sets are kept
@@ -108,32 +110,68 @@ class Config:
     out: str = ""  # folder for what is written; '': runs/DATASET-LABELS, numbered if taken
     seed: int = 0  # for the labelled draw, weights, order and augmentation
     device: str = "auto"  # auto, cuda, mps or cpu
+
     def __post_init__(self):
         low = dict.fromkeys("labels crop epochs batch micro_batch evals save_every".split(), 1)
         top = dict(ema=1, conf_thresh=1, guidance_conf_thresh=1, seed=9e9, scale_min=self.scale_max)
-        wrong = [name for name, value in vars(self).items() if isinstance(value, (int, float))
-                 and not low.get(name, 0) <= value <= top.get(name, math.inf)]
+        wrong = [
+            name
+            for name, value in vars(self).items()
+            if isinstance(value, (int, float))
+            and not low.get(name, 0) <= value <= top.get(name, math.inf)
+        ]
         require(not wrong, f"out of range: {', '.join(wrong)}")
         require(self.batch % self.micro_batch == 0, "--micro-batch must divide --batch")
         require(self.stride <= self.crop, f"--stride {self.stride} is above --crop; 0 fits always")
 
+
 # What each data set overrides. VOC and a FOLDER use the defaults.
 PRESETS = {
-    "toy": dict(dataset="toy", labels=8, crop=96, fit=False, scale_min=0.8, scale_max=1.25,
-                workers=0, clip="toy", decoder_channels=32, conf_thresh=0.9, guidance=0.3,
-                ema=0.98, steps=300, batch=2, lr=2e-3, vit_lr=1e-4, evals=2),
+    "toy": dict(
+        dataset="toy",
+        labels=8,
+        crop=96,
+        fit=False,
+        scale_min=0.8,
+        scale_max=1.25,
+        workers=0,
+        clip="toy",
+        decoder_channels=32,
+        conf_thresh=0.9,
+        guidance=0.3,
+        ema=0.98,
+        steps=300,
+        batch=2,
+        lr=2e-3,
+        vit_lr=1e-4,
+        evals=2,
+    ),
     "voc": {},
     "coco": dict(labels=232, fit=False, epochs=10, micro_batch=1, lr=4e-3, vit_lr=4e-7),
     "ade20k": dict(labels=158, epochs=40, micro_batch=1, lr=4e-3, vit_lr=4e-7),
-    "cityscapes": dict(labels=100, fit=False, crop=801, stride=534, steps=240 * 349, micro_batch=1,
-                       lr=5e-4, vit_lr=5e-6, conv_skip=True, decoder_text="mean", weighting="mean",
-                       window_mode="probabilities")}  # 240 epochs: 186-label split
+    "cityscapes": dict(
+        labels=100,
+        fit=False,
+        crop=801,
+        stride=534,
+        steps=240 * 349,  # 240 epochs of the 186-label split
+        micro_batch=1,
+        lr=5e-4,
+        vit_lr=5e-6,
+        conv_skip=True,
+        decoder_text="mean",
+        weighting="mean",
+        window_mode="probabilities",
+    ),
+}
 IGNORE = 255  # "no label" in every mask in memory, whatever value a folder's files have for it
+
 
 def require(condition, message: str) -> None:
     """Raises ValueError(message) unless the condition holds; `main` prints it as one line."""
     if not condition:
         raise ValueError(message)
+
 
 @contextlib.contextmanager
 def blame(what):
@@ -144,12 +182,19 @@ def blame(what):
         reason = (getattr(error, "strerror", None) or "").lower() or str(error) or repr(error)
         raise ValueError(f"{what}: {' '.join(reason.split())[:300]}") from None
 
-RANK, WORLD = ((int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-               if dist.is_torchelastic_launched() else (0, 1))  # this process; how many there are
+
+# This process, and how many there are.
+RANK, WORLD = (
+    (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    if dist.is_torchelastic_launched()
+    else (0, 1)
+)
 TERMINAL = bool(sys.stderr) and sys.stderr.isatty()
 LINES = dict(miniters=1, mininterval=30, delay=30, bar_format="{desc}: {n_fmt} of {total_fmt}\n")
-progress = partial(tqdm, disable=RANK > 0 or not sys.stderr, leave=not TERMINAL,
-                   **{} if TERMINAL else LINES)  # a bar, or in a log file two lines a minute
+# A bar, or in a log file two lines a minute.
+progress = partial(
+    tqdm, disable=RANK > 0 or not sys.stderr, leave=not TERMINAL, **{} if TERMINAL else LINES
+)
 say = (lambda text: None) if RANK else tqdm.write if TERMINAL else print
 
 # 2. Language (paper: Class Definition Guidance): what is a class called, what does it look like? --
@@ -179,16 +224,26 @@ vegetation|tree|hedge; terrain: terrain|grass|soil|sand; sky: sky; person: perso
 person|standing person|person sitting on the ground|person sitting on a bench|person sitting on a
 chair; rider: rider|cyclist|motorcyclist; car: car|jeep|SUV|van; truck: truck|box truck|pickup
 truck|truck trailer; bus: bus; train: train|tram; motorcycle: motorcycle|moped|scooter; bicycle:
-bicycle"""}
-DEFINITIONS = {dataset: {name: concepts.split("|") for name, _, concepts in (
-    entry.partition(": ") for entry in text.replace("|\n", "|").replace("\n", " ").split("; "))}
-    for dataset, text in DEFINITION_TEXTS.items()}
+bicycle""",
+}
+DEFINITIONS = {
+    dataset: {
+        name: concepts.split("|")
+        for name, _, concepts in (
+            entry.partition(": ")
+            for entry in text.replace("|\n", "|").replace("\n", " ").split("; ")
+        )
+    }
+    for dataset, text in DEFINITION_TEXTS.items()
+}
+
 
 @torch.no_grad()
 def encode_text(clip: open_clip.CLIP, words: list[str]) -> torch.Tensor:
     """Text embeddings of "a photo of a WORD", [len(words), E], not normalised. Sets clip.eval()."""
     tokens = open_clip.tokenize([f"a photo of a {word}" for word in words], clip.context_length)
     return clip.eval().encode_text(tokens.to(clip.token_embedding.weight.device)).float()
+
 
 def describe_classes(clip, classes: dict[str, list], *, decoder_text="names", definitions=True):
     """classes: name -> concepts (without `definitions`: the name alone). Returns text (what the
@@ -201,6 +256,7 @@ def describe_classes(clip, classes: dict[str, list], *, decoder_text="names", de
         text = torch.stack([group.mean(0) for group in concepts.split(sizes)])
     return *(F.normalize(t, dim=-1) for t in (text, by_name, concepts)), sizes
 
+
 # 3. Dense CLIP (paper: Vision-Language Pre-training): how do we get an embedding for every patch? -
 # CLIP's image embedding is read from the class token. In the last block, attention takes a weighted
 # mean of all tokens' VALUE vectors for it; a projection and the MLP follow, and the result was
@@ -212,15 +268,18 @@ def describe_classes(clip, classes: dict[str, list], *, decoder_text="names", de
 # paths for these, too, and give no reason; our guess: attention would blur the maps further.
 class LeanQuickGELU(nn.Module):
     """x sigmoid(1.702 x), as silu(1.702 x) / 1.702: the backward pass keeps one tensor, not two."""
+
     def forward(self, x):
         return F.silu(1.702 * x).mul_(1 / 1.702)
+
 
 def value_path(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A block of open_clip's ViT on tokens [B, T, D], each of which attends to itself alone."""
     attn, D = block.attn, x.shape[-1]
-    y = F.linear(block.ln_1(x), attn.in_proj_weight[2 * D:], attn.in_proj_bias[2 * D:])  # values
+    y = F.linear(block.ln_1(x), attn.in_proj_weight[2 * D :], attn.in_proj_bias[2 * D :])  # values
     x = x + block.ls_1(attn.out_proj(y))  # ls: layer scale
     return x + block.ls_2(block.mlp(block.ln_2(x)))
+
 
 def resize_position(position: torch.Tensor, old: tuple, new: tuple) -> torch.Tensor:
     """Position embedding [1 + old_h * old_w, D] -> [1 + new_h * new_w, D], bicubic.
@@ -231,19 +290,29 @@ def resize_position(position: torch.Tensor, old: tuple, new: tuple) -> torch.Ten
     grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
     return torch.cat([position[:1], grid[0].flatten(1).T])
 
+
 class DenseCLIP(nn.Module):
     """The visual tower of a plain open_clip ViT (else ValueError), as an encoder of patches.
     visual: `open_clip.create_model(...).visual`, kept and modified: a second DenseCLIP of it would
     share its weights. grid: (gh, gw) at which the position embedding trains; other image sizes
     interpolate from it. authors: exact GELU and LayerNorm eps 1e-6, with which the authors tuned
     OpenAI's weights; OpenAI had QuickGELU and 1e-5. mean, std: of colours, by default CLIP's."""
+
     def __init__(self, visual, grid=None, authors=False, mean=None, std=None):
         super().__init__()
         parts = open_clip.transformer
-        plain = isinstance(visual, parts.VisionTransformer) and not visual.attn_pool and (
-            not visual.final_ln_after_pool and len(visual.transformer.resblocks) > 1 and
-            all(type(b) is parts.ResidualAttentionBlock for b in visual.transformer.resblocks) and
-            len(visual.positional_embedding) == 1 + math.prod(visual.grid_size))
+        plain = (
+            isinstance(visual, parts.VisionTransformer)
+            and not visual.attn_pool
+            and (
+                not visual.final_ln_after_pool
+                and len(visual.transformer.resblocks) > 1
+                and all(
+                    type(b) is parts.ResidualAttentionBlock for b in visual.transformer.resblocks
+                )
+                and len(visual.positional_embedding) == 1 + math.prod(visual.grid_size)
+            )
+        )
         require(plain, "DenseCLIP needs a plain ViT of two blocks or more, fresh from create_model")
         self.visual, self.patch = visual, visual.conv1.kernel_size[0]
         self.skip_blocks = (0, len(visual.transformer.resblocks) // 3)  # 0 and 4 of 12
@@ -260,6 +329,7 @@ class DenseCLIP(nn.Module):
         std = std or getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
     def forward(self, images: torch.Tensor):
         """Images [B, 3, H, W] in [0, 1] -> dense embedding [B, E, gh, gw], L2-normalised over E,
         and the skip maps (shallow, deep), [B, D, gh, gw] each."""
@@ -270,8 +340,10 @@ class DenseCLIP(nn.Module):
         x = torch.cat([vit.class_embedding.to(x.dtype).expand(B, 1, -1), x], dim=1)  # [B, T, D]
         position = resize_position(vit.positional_embedding, self.grid, (gh, gw))
         x = vit.ln_pre(x + position.to(x.dtype))
+
         def to_map(tokens):  # [B, T, .] -> [B, ., gh, gw]; the class token is dropped
             return tokens[:, 1:].transpose(1, 2).unflatten(2, (gh, gw))
+
         *blocks, last = vit.transformer.resblocks
         maps = {}
         for i, block in enumerate(blocks):
@@ -280,6 +352,7 @@ class DenseCLIP(nn.Module):
             x = block(x)  # [B, T, D]
         dense = to_map(vit.ln_post(value_path(last, x)) @ vit.proj)  # [B, E, gh, gw]
         return F.normalize(dense, dim=1), [maps[i] for i in self.skip_blocks]
+
 
 # 4. Spatial fine-tuning: which weights may learn without making CLIP forget? ----------------------
 # CLIP has learned from whole images, so it is poor at saying where things are. Attention and the
@@ -294,12 +367,14 @@ def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
         tensor.requires_grad_(mode == "all" or (mode == "spatial" and spatial))
     return clip
 
+
 def frozen_copy(module: nn.Module) -> nn.Module:
     """A copy that gets no gradients. It copies the parameters that train and shares all others, two
     thirds of the ViT. If one of those is trained, loaded or cast later, the copy changes, too."""
     shared = {id(p): p for p in module.parameters() if not p.requires_grad}
     # deepcopy returns what it finds in its memo instead of copying it.
     return copy.deepcopy(module, memo=shared).requires_grad_(False).eval()
+
 
 # 5. Decoders (paper: Language-Guided Decoder): how does "similar to this text" become a mask? -----
 # A usual decoder ends in N filters, each learned from the few masks that show its class. Here the
@@ -315,6 +390,7 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 #     -> head                      [B, N, 4gh, 4gw]      logits
 MAPS_AT_ONCE = 64  # `by_classes` runs about this many of the B*N maps at a time, to save memory
 
+
 def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """Cosine similarity of places and texts: dense [B, E, gh, gw], text [N, E] -> [B, N, gh, gw].
     Normalises both (feature dropout, section 6, changes lengths), in float32 even under autocast:
@@ -322,6 +398,7 @@ def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     with torch.autocast(dense.device.type, enabled=False):
         dense, text = F.normalize(dense.float(), dim=1), F.normalize(text.float(), dim=1)
         return torch.einsum("behw,ne->bnhw", dense, text)
+
 
 def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=None) -> nn.Sequential:
     """Convolution that keeps the size, norm, ReLU. Default: GroupNorm of ~16 channels a group."""
@@ -331,34 +408,50 @@ def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=None) -> nn.Sequential:
     # ReLU may work in place: the backward pass of a norm needs its input, not its output.
     return nn.Sequential(conv, norm, nn.ReLU(inplace=True))
 
+
 def conv_by_parts(conv: nn.Conv2d, parts: list[torch.Tensor]) -> list[torch.Tensor]:
     """conv(torch.cat(parts, dim=1)) as terms to be summed, so that a part shared by all classes (a
     skip) or all places (a 1 x 1 mean) is convolved once. conv: no bias, stride or dilation."""
     weights = conv.weight.split([part.shape[1] for part in parts], dim=1)
     return [F.conv2d(part, w, padding=conv.padding) for part, w in zip(parts, weights)]
 
+
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling (DeepLab): one map seen at five fields of view, a branch of
     `width` channels each. [., c_in, gh, gw] -> [., c_out, gh, gw]."""
+
     def __init__(self, c_in: int, width: int, c_out: int, norm=None):
         super().__init__()
-        self.branches = nn.ModuleList([conv_norm_relu(c_in, width, 1, norm=norm)] + [
-            conv_norm_relu(c_in, width, 3, dilation, norm) for dilation in (6, 12, 18)])
+        self.branches = nn.ModuleList(
+            [conv_norm_relu(c_in, width, 1, norm=norm)]
+            + [conv_norm_relu(c_in, width, 3, dilation, norm) for dilation in (6, 12, 18)]
+        )
         self.pooled = conv_norm_relu(c_in, width, 1, norm=norm)
         self.project = conv_norm_relu(5 * width, c_out, 1, norm=norm)
+
     def forward(self, x):
         whole = self.pooled(x.mean((2, 3), keepdim=True))  # [., width, 1, 1], one for all places
         conv, norm, relu = self.project
         return relu(norm(sum(conv_by_parts(conv, [*(b(x) for b in self.branches), whole]))))
 
+
 class SemanticReasoning(nn.Module):
     """Classes against each other: a transformer layer whose sequence is the N classes at a place.
     x [B, N, C, gh, gw], projected text [N, C] -> x's shape. A strong "cat" can weaken "boat".
     Text alone says which class an item is: classes of (nearly) equal text cannot be told apart."""
+
     def __init__(self, C: int):
         super().__init__()
-        self.layer = nn.TransformerEncoderLayer(2 * C, nhead=4, dim_feedforward=4 * C, dropout=0.0,
-            activation="gelu", norm_first=True, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(
+            2 * C,
+            nhead=4,
+            dim_feedforward=4 * C,
+            dropout=0.0,
+            activation="gelu",
+            norm_first=True,
+            batch_first=True,
+        )
+
     def forward(self, x, text):
         B, N, C, gh, gw = x.shape
         # Attention across classes needs no fine grid: it runs on means of 4 x 4 patches, ph x pw of
@@ -372,13 +465,16 @@ class SemanticReasoning(nn.Module):
         refined = F.interpolate(pooled.flatten(0, 1), (gh, gw), mode="bilinear", align_corners=True)
         return x + refined.unflatten(0, (B, N))  # second residual: the layer has its own
 
+
 class UpStage(nn.Module):
     """Upsamples to c_in - c_skip channels, joins a skip that all classes share by two convolutions:
     x [B*N, c_in, a, b], skip [B, c_skip, ., .] -> [B*N, c_out, 2a, 2b]."""
+
     def __init__(self, c_in: int, c_skip: int, c_out: int):
         super().__init__()
         self.up = nn.ConvTranspose2d(c_in, c_in - c_skip, 2, stride=2)
         self.conv = nn.Sequential(*conv_norm_relu(c_in, c_out, 3), *conv_norm_relu(c_out, c_out, 3))
+
     def forward(self, x, skip):
         x = self.up(x)  # [B*N, c_in - c_skip, 2a, 2b]
         skip = F.interpolate(skip, x.shape[2:], mode="bilinear", align_corners=True)  # 2a x 2b
@@ -387,13 +483,16 @@ class UpStage(nn.Module):
         x = x.unflatten(0, (len(skip), -1)) + skip.unsqueeze(1)  # [B, N, c_out, 2a, 2b]
         return self.conv[3:](relu(norm(x.flatten(0, 1))))
 
+
 class LanguageGuidedDecoder(nn.Module):
     """Similarity maps -> spatial reasoning -> semantic reasoning -> upsampling.
     embed_dim: E. shallow_dim, deep_dim: channels of the skips. channels: C, ValueError unless it is
     a multiple of 8. shallow_width: channels of the shallow skip once projected, by default C/8.
     recompute: less memory, more time in training (see `by_classes`)."""
-    def __init__(self, embed_dim, shallow_dim, deep_dim, channels=128, shallow_width=None,
-                 recompute=False):
+
+    def __init__(
+        self, embed_dim, shallow_dim, deep_dim, channels=128, shallow_width=None, recompute=False
+    ):
         super().__init__()
         require(channels > 0 and channels % 8 == 0, "decoder channels: take a multiple of 8")
         self.recompute, C = recompute, channels
@@ -403,22 +502,27 @@ class LanguageGuidedDecoder(nn.Module):
         self.semantic = nn.ModuleList([SemanticReasoning(C), SemanticReasoning(C)])
         self.deep_proj = nn.Sequential(nn.Conv2d(deep_dim, C // 4, 3, padding=1), nn.ReLU())
         self.shallow_proj = nn.Sequential(
-            nn.Conv2d(shallow_dim, shallow_width, 3, padding=1), nn.ReLU())
+            nn.Conv2d(shallow_dim, shallow_width, 3, padding=1), nn.ReLU()
+        )
         self.up1, self.up2 = UpStage(C, C // 4, C // 2), UpStage(C // 2, shallow_width, C // 4)
         self.head = nn.Conv2d(C // 4, 1, 3, padding=1)
         self.to(memory_format=torch.channels_last)  # in which these convolutions are faster
+
     def spatial_reasoning(self, similarity):
         """Within each class: [B, N, gh, gw] -> [B, N, C, gh, gw]."""
         x = self.lift(similarity.flatten(0, 1).unsqueeze(1))  # [B*N, 1, gh, gw] -> [B*N, C, gh, gw]
         return (x + self.aspp(x)).unflatten(0, similarity.shape[:2])
+
     def semantic_reasoning(self, x, text):
         """Across classes, all at once: x [B, N, C, gh, gw], text [N, E] -> [B, N, C, gh, gw]."""
         text = self.text_proj(F.normalize(text, dim=1))  # [N, C]
         return self.semantic[1](self.semantic[0](x, text), text)
+
     def upsampling(self, x, shallow, deep):
         """Within each class: x [B, N, C, gh, gw], skips -> logits [B, N, 4gh, 4gw]."""
         maps = self.up2(self.up1(x.flatten(0, 1), deep), shallow)  # [B*N, C/4, 4gh, 4gw]
         return self.head(maps).view(*x.shape[:2], *maps.shape[2:])
+
     def by_classes(self, function, x, *shared):
         """function(x, *shared) on a few classes of x [B, N, ...] at a time. This saves memory in
         evaluation; in training only with `recompute`, by which backward repeats each forward."""
@@ -426,6 +530,7 @@ class LanguageGuidedDecoder(nn.Module):
             function = partial(torch.utils.checkpoint.checkpoint, function, use_reentrant=False)
         parts = x.split(max(1, MAPS_AT_ONCE // len(x)), dim=1)
         return torch.cat([function(part, *shared) for part in parts], dim=1)
+
     def forward(self, dense, skips, text):
         """dense [B, E, gh, gw], skips (shallow, deep), text [N, E] -> logits [B, N, 4gh, 4gw]."""
         x = self.by_classes(self.spatial_reasoning, cosine_maps(dense, text))
@@ -433,9 +538,11 @@ class LanguageGuidedDecoder(nn.Module):
         shallow, deep = self.shallow_proj(skips[0]), self.deep_proj(skips[1])  # projected
         return self.by_classes(self.upsampling, x, shallow, deep)
 
+
 class VisionDecoder(nn.Module):
     """The baseline without language: DeepLabV3+ at patch resolution on the same ViT.
     Logits [B, N, gh, gw]; text and shallow skip are ignored. Batch norm: to train it, B > 1."""
+
     def __init__(self, embed_dim: int, skip_dim: int, num_classes: int, width: int = 64):
         super().__init__()
         layer = partial(conv_norm_relu, norm=nn.BatchNorm2d)
@@ -443,9 +550,11 @@ class VisionDecoder(nn.Module):
         self.skip_proj = layer(skip_dim, 48, 1)
         self.fuse = nn.Sequential(layer(48 + width, 256, 3), layer(256, 256, 3))
         self.head = nn.Conv2d(256, num_classes, 1)
+
     def forward(self, dense, skips, text=None):
         x = torch.cat([self.skip_proj(skips[1]), self.aspp(dense)], dim=1)  # [B, 48+width, gh, gw]
         return self.head(self.fuse(x))
+
 
 # 6. Three networks: student, frozen CLIP (paper: Dense CLIP Guidance), EMA teacher ----------------
 # Who tells the student what to say where there is no mask? The teacher gets better, but it learns
@@ -455,10 +564,12 @@ class SemiVL(nn.Module):
     """Images -> logits: dense CLIP, an optional convolutional skip, a decoder.
     text: [N, E], one row per class. conv: images -> list whose last map [B, 256, H/4, W/4]
     replaces the shallow skip. Cityscapes uses it: a patch of 16 pixels loses poles and the like."""
+
     def __init__(self, clip: DenseCLIP, decoder: nn.Module, text: torch.Tensor, conv=None):
         super().__init__()
         self.clip, self.decoder, self.conv = clip, decoder, conv
         self.register_buffer("text", text)
+
     def forward(self, images: torch.Tensor, num_perturbed: int = 0) -> torch.Tensor:
         """Images [B, 3, H, W] in [0, 1] -> logits [B, N, H, W].
         The last `num_perturbed` images of the batch get UniMatch's feature perturbation: each
@@ -467,20 +578,24 @@ class SemiVL(nn.Module):
         shallow = self.conv(images)[-1] if self.conv else shallow
         if num_perturbed:
             n = len(images) - num_perturbed
-            dense, shallow, deep = (torch.cat([f[:n], F.dropout2d(f[n:], 0.5)])
-                                    for f in (dense, shallow, deep))
+            dense, shallow, deep = (
+                torch.cat([f[:n], F.dropout2d(f[n:], 0.5)]) for f in (dense, shallow, deep)
+            )
         logits = self.decoder(dense, (shallow, deep), self.text)  # [B, N, 4gh, 4gw]
         # Logits are those of the image padded to whole patches, squeezed to H x W: as published.
         return F.interpolate(logits.float(), images.shape[2:], mode="bilinear", align_corners=False)
+
 
 class FrozenGuidance(nn.Module):
     """CLIP as it was before SemiVL's first step, as a zero-shot classifier of pixels.
     clip: `frozen_copy(student.clip)`, as nothing is frozen here. concepts: [K, E] of text,
     class after class. sizes: concepts per class. conf_thresh: labels below it become IGNORE."""
+
     def __init__(self, clip: DenseCLIP, concepts, sizes: list[int], conf_thresh: float = 0.9):
         super().__init__()
         self.clip, self.sizes, self.conf_thresh = clip, sizes, conf_thresh
         self.register_buffer("concepts", concepts)
+
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, H, W] in [0, 1] -> zero-shot logits [B, N, H, W], 100 times a cosine."""
@@ -490,17 +605,21 @@ class FrozenGuidance(nn.Module):
         similarity = torch.stack([group.amax(1) for group in groups], dim=1)  # [B, N, gh, gw]
         similarity = F.interpolate(similarity, images.shape[2:], mode="bilinear")  # [B, N, H, W]
         return 100 * similarity  # logit scale of OpenAI's CLIP; without it softmax would be flat
+
     def labels(self, images: torch.Tensor) -> torch.Tensor:
         """Images -> int64 [B, H, W]: class, or IGNORE below conf_thresh (all may be)."""
         confidence, label = self(images).softmax(1).max(1)
         return label.masked_fill(confidence < self.conf_thresh, IGNORE)
 
+
 class EMATeacher:
     """Mean teacher: `model` is an exponential moving average of the student; it labels weak views.
     Averaging smooths out the mistakes of single steps. The average is also what is evaluated and
     saved, as in UniMatch V2. With decay 0 it equals the student, but in eval mode."""
+
     def __init__(self, student: nn.Module, decay: float = 0.996):
         self.model, self.decay = frozen_copy(student), decay
+
     @torch.no_grad()
     def update(self, student: nn.Module, step: int) -> None:
         """teacher = decay * teacher + (1 - decay) * student, after optimiser step `step` (from 0).
@@ -511,6 +630,7 @@ class EMATeacher:
                 average.lerp_(p, 1 - decay)
         for average, buffer in zip(self.model.buffers(), student.buffers(), strict=True):
             average.copy_(buffer)  # batch-norm statistics are moving averages already
+
 
 # 7. Data: a folder of images; crops of them in weak and strong views (UniMatch's) -----------------
 # An entry is a pair of paths (image, mask or None), relative to the data folder:
@@ -530,6 +650,7 @@ def read_image(file: Path) -> torch.Tensor:
             image = ImageOps.exif_transpose(image)
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
+
 def read_mask(file: Path, values: dict[int, int], rgb: bool = False) -> torch.Tensor:
     """PNG, BMP or TIFF -> uint8 [H, W]. values: pixel (with `rgb` 65536 r + 256 g + b) -> class
     number or IGNORE. ValueError for other pixels, and for a format that may have changed them."""
@@ -537,18 +658,24 @@ def read_mask(file: Path, values: dict[int, int], rgb: bool = False) -> torch.Te
         # PIL rescales 2- and 4-bit grey and 16-bit colour: repr(tile) then has "L;4" or "RGB;16B".
         lossy = re.search("[ABLR];|jpeg", f"{image.tile} {image.info.get('compression')}")
         modes = ("P", "L", "RGB", "RGBA") if rgb else ("P", "L", "I", "I;16")
-        require(image.format in ("PNG", "BMP", "TIFF") and image.mode in modes and not lossy,
-                f"{image.format} of mode {image.mode}; save class numbers as palette or 8-bit grey "
-                "PNG (JPEG, GIF, 2 and 4 bits change them), or list 'colors' in dataset.json")
+        require(
+            image.format in ("PNG", "BMP", "TIFF") and image.mode in modes and not lossy,
+            f"{image.format} of mode {image.mode}; save class numbers as palette or 8-bit grey "
+            "PNG (JPEG, GIF, 2 and 4 bits change them), or list 'colors' in dataset.json",
+        )
         # Unconverted, a palette PNG gives its numbers; converted, the colours of its palette.
         mask = np.array(image.convert("RGB")) @ (65536, 256, 1) if rgb else np.array(image)
         found, place, counts = np.unique(mask, return_inverse=True, return_counts=True)
         for value, count in zip(found.tolist(), counts.tolist()):
-            require(value in values, f"{count} pixels hold "
-                    f"{[*value.to_bytes(3, 'big')] if rgb else value}, which in dataset.json "
-                    "is no class and not the ignore_index")
+            require(
+                value in values,
+                f"{count} pixels hold "
+                f"{[*value.to_bytes(3, 'big')] if rgb else value}, which in dataset.json "
+                "is no class and not the ignore_index",
+            )
         numbers = np.uint8([values[value] for value in found.tolist()])
         return torch.from_numpy(numbers[place].reshape(mask.shape))
+
 
 def read_list(folder: Path, name: str, need_mask: bool) -> list[tuple]:
     """Lines of FOLDER/splits/NAME -> entries; paths of images are normalised."""
@@ -558,12 +685,17 @@ def read_list(folder: Path, name: str, need_mask: bool) -> list[tuple]:
         for line in filter(str.strip, text.splitlines()):
             words = [word.strip() for word in line.split("\t")] if "\t" in line else line.split()
             image, mask = [*words, ""][:2]
-            require(image and (mask or not need_mask) and len(words) <= 2 and (
-                not mask or "." in image or "\t" in line),
-                f"{line!r}: should be 'IMAGE.xxx MASK', with a TAB behind a name that has blanks")
+            require(
+                image
+                and (mask or not need_mask)
+                and len(words) <= 2
+                and (not mask or "." in image or "\t" in line),
+                f"{line!r}: should be 'IMAGE.xxx MASK', with a TAB behind a name that has blanks",
+            )
             entries.append((os.path.relpath(folder / image, folder), mask or None))
         require(entries, "no line in it")
     return entries
+
 
 @dataclasses.dataclass
 class Folder:  # a data set on disk
@@ -574,10 +706,13 @@ class Folder:  # a data set on disk
     train: list[tuple]  # entries; the mask may be None
     val: list[tuple]  # entries
     test: list[tuple]  # entries; may be empty
+
     def image(self, entry: tuple) -> torch.Tensor:
         return read_image(self.path / entry[0])
+
     def mask(self, entry: tuple) -> torch.Tensor:
         return read_mask(self.path / entry[1], self.values, self.rgb)
+
     def check(self, lists: dict[str, list]) -> None:
         """Opens every file that will be used; lists: title -> entries. Prints the pixels of each
         class, and what looks like a mistake. Raises ValueError with up to 20 problems."""
@@ -590,8 +725,11 @@ class Folder:  # a data set on disk
                 size = self.image(entry).shape[1:]
                 if entry[1]:
                     label = self.mask(entry)
-                    require(label.shape == size, f"{self.path / entry[1]}: should have its image's "
-                            f"{size[1]} x {size[0]} pixels, upright as EXIF orientation says")
+                    require(
+                        label.shape == size,
+                        f"{self.path / entry[1]}: should have its image's "
+                        f"{size[1]} x {size[0]} pixels, upright as EXIF orientation says",
+                    )
                     counts = label.flatten().bincount(minlength=IGNORE + 1)
                     pixels[title] = pixels.get(title, 0) + torch.cat([counts[:N], counts[-1:]])
                     with contextlib.suppress(Exception), Image.open(file) as image:
@@ -605,13 +743,17 @@ class Folder:  # a data set on disk
             absent = [name for name, count in zip(self.classes, counts) if not count]
             if absent:
                 say(f"note: no {title} mask shows {', '.join(absent)}")
-            require(title != "labelled" or len(absent) + 1 < N, "only one class is shown; label "
-                    'more, or, if black is 0 and white 255, give "colors": {NAME: 0, NAME: 255}')
+            require(
+                title != "labelled" or len(absent) + 1 < N,
+                "only one class is shown; label "
+                'more, or, if black is 0 and white 255, give "colors": {NAME: 0, NAME: 255}',
+            )
         if turned:
             say(f"note: EXIF orientation turns {turned} images; are their masks upright?")
         for titles in sorted({t for t in titles_of.values() if len(t) > 1}):
             files = [file for file in titles_of if titles_of[file] == titles]
             say(f"note: {len(files)} images are {' and '.join(titles)}: {', '.join(files[:3])}")
+
 
 def open_data(cfg: Config) -> Folder:
     """The folder behind --dataset; a named set is made if it is missing."""
@@ -619,6 +761,7 @@ def open_data(cfg: Config) -> Folder:
     if cfg.dataset in PRESETS and not path.exists():
         require(WORLD == 1, f"{path} is missing: first run python data_prep.py {cfg.dataset}")
         import data_prep
+
         data_prep.prepare(cfg.dataset, cfg.root)
     packed = lambda v: int.from_bytes(bytes(v), "big") if isinstance(v, list) else v  # noqa: E731
     with blame(f"{path}/dataset.json (of the folder that --dataset names)"):
@@ -628,24 +771,40 @@ def open_data(cfg: Config) -> Folder:
         ignore = content.get("ignore_index", -1 if colors else IGNORE)  # -1 ignores nothing
         known = {str([*d]): d for d in DEFINITIONS.values()}  # same names, same definitions
         concepts = content["definitions"] or known.get(str(names), {})
-        require(all(isinstance(words, list) and {*map(type, words)} == {str} for words in (
-            names, *concepts.values())), "'classes', and each of 'definitions', is a list of names")
-        require(1 < len({*names}) == len(names) <= IGNORE and {*concepts} <= {*names}, "2 to "
-                f"{IGNORE} classes (perhaps background), none twice; definitions of these only")
+        require(
+            all(
+                isinstance(words, list) and {*map(type, words)} == {str}
+                for words in (names, *concepts.values())
+            ),
+            "'classes', and each of 'definitions', is a list of names",
+        )
+        require(
+            1 < len({*names}) == len(names) <= IGNORE and {*concepts} <= {*names},
+            f"2 to {IGNORE} classes (perhaps background), none twice; definitions of these only",
+        )
         require({*colors} in ({*names}, set()), "'colors' must have an entry for each class")
-        require(all(isinstance(v, int) or isinstance(v, list) and len(v) == 3 for v in (
-            ignore, *colors.values())), "'ignore_index', and each of 'colors': [r, g, b] or number")
+        require(
+            all(
+                isinstance(v, int) or isinstance(v, list) and len(v) == 3
+                for v in (ignore, *colors.values())
+            ),
+            "'ignore_index', and each of 'colors': [r, g, b] or number",
+        )
         rgb = any(isinstance(color, list) for color in colors.values())
         values = {packed(colors.get(name, n)): n for n, name in enumerate(names)}
         # If masks hold colours, the number 255 ignores nothing: as a colour it would be blue.
         ignore = -1 if rgb and not isinstance(ignore, list) else ignore
         values[packed(ignore)] = IGNORE
-        require(len(values) == len(names) + 1, f"ignore_index {ignore} is a class, too, or two "
-                "classes look alike; -1 ignores nothing, 'colors' says which value is which class")
+        require(
+            len(values) == len(names) + 1,
+            f"ignore_index {ignore} is a class, too, or two "
+            "classes look alike; -1 ignores nothing, 'colors' says which value is which class",
+        )
     test = read_list(path, "test.txt", True) if (path / "splits/test.txt").exists() else []
     train, val = read_list(path, "train.txt", False), read_list(path, "val.txt", True)
     classes = {name: concepts.get(name, [name]) for name in names}
     return Folder(path, classes, values, rgb, train, val, test)
+
 
 def draw_labelled(folder: Folder, count: int, seed: int) -> list[tuple]:
     """The labelled entries: those of splits/COUNT/labeled.txt, or `count` drawn from train.txt. A
@@ -660,9 +819,11 @@ def draw_labelled(folder: Folder, count: int, seed: int) -> list[tuple]:
     best = max(progress(draws, "look at masks"), key=lambda d: len(set().union(*map(shown, d))))
     return [with_mask[i] for i in best]
 
+
 def scaled_size(height: int, width: int, scale: float) -> list[int]:
     """[height, width] times scale, rounded half up; not below one pixel."""
     return [max(1, int(n * scale + 0.5)) for n in (height, width)]
+
 
 def random_size(height: int, width: int, cfg: Config) -> list[int]:
     """A random [height, width] of the same aspect. With `fit` and r uniform in [scale_min,
@@ -675,6 +836,7 @@ def random_size(height: int, width: int, cfg: Config) -> list[int]:
         return scaled_size(height, width, scale)
     low, high = int(cfg.scale_min * long), int(cfg.scale_max * long)
     return scaled_size(height, width, int(torch.randint(low, high + 1, ())) / long)
+
 
 def scale_crop_flip(image: torch.Tensor, mask: torch.Tensor, cfg: Config):
     """Random scale, crop, flip: uint8 [3, ., .], [., .] -> [3, crop, crop], [crop, crop]. Before
@@ -692,13 +854,21 @@ def scale_crop_flip(image: torch.Tensor, mask: torch.Tensor, cfg: Config):
         image, mask = VF.horizontal_flip(image), VF.horizontal_flip(mask)
     return image, mask[0]
 
-strong_view = v2.Compose([  # uint8 [3, crop, crop] -> recoloured, perhaps blurred; nothing moves
-    v2.RandomApply([v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)], 0.8),
-    v2.RandomGrayscale(0.2),
-    v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], 0.5)])
+
+# uint8 [3, crop, crop] -> recoloured, perhaps blurred; nothing moves.
+strong_view = v2.Compose(
+    [
+        v2.RandomApply(
+            [v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)], 0.8
+        ),
+        v2.RandomGrayscale(0.2),
+        v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], 0.5),
+    ]
+)
 # To add a view, add an entry; fp and the keys of TrainingSet and log.jsonl are no names for it. Its
 # function moves no pixel and does not write to w.
 STRONG_VIEWS = {"s1": strong_view, "s2": strong_view}
+
 
 def cutmix_box(size: int) -> torch.Tensor:
     """A random box (top, left, bottom, right) in a crop of size x size; empty with p = 0.5."""
@@ -712,20 +882,25 @@ def cutmix_box(size: int) -> torch.Tensor:
         if left + width <= size and top + height <= size:
             return torch.tensor([top, left, top + height, left + width])
 
+
 STREAM = 10**9  # torch's seed for item i: seed * STREAM + i; for dropout + STREAM // 2; fits int64
+
 
 class TrainingSet(Dataset):
     """Item i of a run, counted over epochs: x, w, s1, s2 uint8 [3, crop, crop]; y uint8, padding
     bool [crop, crop]; s1_box, s2_box int64 [4]; files, a string. An item depends on (seed, i), so
     a run is the same with any number of workers, and a resumed run goes on as it would have."""
+
     def __init__(self, folder: Folder, labelled: list, unlabelled: list, cfg: Config):
         self.folder, self.labelled, self.unlabelled, self.cfg = folder, labelled, unlabelled, cfg
         self.views = dict(STRONG_VIEWS)
+
     def pick(self, entries: list, i: int) -> tuple:
         """Entry i of a list that is repeated without end and shuffled anew each time."""
         epoch, place = divmod(i, len(entries))
         rng = np.random.default_rng((self.cfg.seed, entries is self.labelled, epoch))
         return entries[rng.permutation(len(entries))[place]]
+
     def __getitem__(self, i: int) -> dict:
         folder, cfg = self.folder, self.cfg
         with torch.random.fork_rng(devices=[]):
@@ -743,6 +918,7 @@ class TrainingSet(Dataset):
                 item |= {f"{name}_box": cutmix_box(cfg.crop) for name in self.views}
         return item
 
+
 # 8. Consistency (UniMatch, Yang et al., CVPR 2023): what about an image without a mask? -----------
 #     total = (L_x + mean(L_s) / 2 + L_fp / 2) / 2 + lambda (mean(G_s) + G_fp) / 2
 # where the means are over the strong views s and lambda = --guidance * (1 - step/steps). So the
@@ -757,12 +933,15 @@ class TrainingSet(Dataset):
 # as their borders are coarse, lambda falls. On the toy world L_s and L_fp cost 2.3 (without: 68.8).
 class Targets(NamedTuple):
     """The targets of unlabelled images, per pixel; all [B, H, W]."""
+
     label: torch.Tensor  # int64, the teacher's pseudo-label
     confidence: torch.Tensor  # float32, its probability
     padding: torch.Tensor  # bool, True where the crop holds no image
     clip_label: torch.Tensor  # int64, frozen CLIP's label, or IGNORE
+
     def map(self, change) -> "Targets":  # the same change to each of the four
         return Targets(*(change(t) for t in self))
+
 
 @torch.no_grad()
 def make_targets(teacher, guidance, w, padding) -> Targets:
@@ -771,6 +950,7 @@ def make_targets(teacher, guidance, w, padding) -> Targets:
     confidence, label = teacher(w).softmax(1).max(1)
     clip_label = guidance.labels(w) if guidance else torch.full_like(label, IGNORE)
     return Targets(label, confidence, padding, clip_label.masked_fill(padding, IGNORE))
+
 
 def cutmix(own: torch.Tensor, partner: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
     """Pastes into each item the part of its partner inside the item's box (CutMix, Yun et al.,
@@ -781,10 +961,12 @@ def cutmix(own: torch.Tensor, partner: torch.Tensor, box: torch.Tensor) -> torch
     inside = (rows >= top) & (rows < bottom) & (cols >= left) & (cols < right)  # [B, H, W]
     return torch.where(inside if own.ndim == 3 else inside.unsqueeze(1), partner, own)
 
+
 def supervised_loss(logits, y):
     """Cross-entropy of logits [B, N, H, W] and masks y, int64 [B, H, W]; mean over known pixels."""
     loss = F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="sum")
     return loss / (y != IGNORE).sum().clamp(min=1)  # 0 if no pixel is known
+
 
 def consistency_loss(logits, label, confidence, padding, conf_thresh=0.95, weighting="pixel"):
     """Cross-entropy with pseudo-labels: sum of weight * loss over non-padding pixels, divided by
@@ -800,14 +982,22 @@ def consistency_loss(logits, label, confidence, padding, conf_thresh=0.95, weigh
         weight = (confidence * valid).sum((1, 2), keepdim=True) / pixels  # [B, 1, 1]
     return torch.where(valid, loss * weight, 0).sum() / valid.sum().clamp(min=1)
 
+
 def guidance_loss(logits, clip_label):
     """Cross-entropy of logits [B, N, H, W] with frozen CLIP's labels [B, H, W]: sum over the
     pixels it labels / ALL pixels, padding too, as in the authors' code."""
     loss = F.cross_entropy(logits, clip_label, ignore_index=IGNORE, reduction="sum")
     return loss / clip_label.numel()
 
-def semivl_loss(logits: dict, y, targets: dict, guidance_weight: float, conf_thresh: float = 0.95,
-                weighting: str = "pixel") -> dict:
+
+def semivl_loss(
+    logits: dict,
+    y,
+    targets: dict,
+    guidance_weight: float,
+    conf_thresh: float = 0.95,
+    weighting: str = "pixel",
+) -> dict:
     """The formula above, as scalars: "x"; for each view "s1", "guidance_s1", ...; "total".
     logits: {"x": ..., "s1": ..., "s2": ..., "fp": ...}, [B, N, H, W] each. y: masks of x, int64 [B,
     H, W]. targets: view -> Targets, not for x; if {}, total is L_x. guidance_weight: lambda."""
@@ -822,6 +1012,7 @@ def semivl_loss(logits: dict, y, targets: dict, guidance_weight: float, conf_thr
     total = (losses["x"] + L_sum) / 2 + guidance_weight * G_sum
     return losses | {"total": total if targets else losses["x"]}
 
+
 # 9. Evaluation: how good is a model? Sliding window, one confusion matrix, mIoU -------------------
 def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
     """Where windows start along a side of `size` pixels. "logits": one per stride, the last one
@@ -831,6 +1022,7 @@ def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
         return list(range(0, size, stride))
     last = max(size - window, 0)
     return [min(i * stride, last) for i in range(math.ceil(last / stride) + 1)]
+
 
 @torch.no_grad()
 def sliding_window(model, images, window: int, stride: int, mode: str = "logits"):
@@ -842,16 +1034,17 @@ def sliding_window(model, images, window: int, stride: int, mode: str = "logits"
     total, count = None, images.new_zeros(H, W)
     for top, next_top in zip(tops, [*tops[1:], H]):
         for left in lefts:
-            logits = model(images[..., top:top + window, left:left + window])
+            logits = model(images[..., top : top + window, left : left + window])
             if total is None:  # a strip that slides down: its row 0 is the image's row `top`
                 total = logits.new_zeros(*logits.shape[:2], min(window, H), W, dtype=torch.float32)
             scores = logits.softmax(1) if mode == "probabilities" else logits
-            total[:, :, :scores.shape[2], left:left + window] += scores
-            count[top:top + window, left:left + window] += 1
+            total[:, :, : scores.shape[2], left : left + window] += scores
+            count[top : top + window, left : left + window] += 1
         # Rows top to next_top are complete: no later window reaches them. The others move up.
-        total[:, :, :next_top - top] /= count[top:next_top]
-        yield total[:, :, :next_top - top]
-        total = F.pad(total[:, :, next_top - top:], (0, 0, 0, next_top - top))
+        total[:, :, : next_top - top] /= count[top:next_top]
+        yield total[:, :, : next_top - top]
+        total = F.pad(total[:, :, next_top - top :], (0, 0, 0, next_top - top))
+
 
 def segment(model, image: torch.Tensor, cfg: Config, device: torch.device) -> tuple:
     """The authors' test protocol: uint8 image [3, H, W] -> class numbers (uint8) and the highest
@@ -875,7 +1068,9 @@ def segment(model, image: torch.Tensor, cfg: Config, device: torch.device) -> tu
             label = torch.zeros(size, dtype=torch.uint8, device=device)
             for n in range(0, scores.shape[1], 8):
                 # Aligned corners here, but not in SemiVL.forward: both as in the authors' code.
-                some = F.interpolate(scores[:, n:n + 8], size, mode="bilinear", align_corners=True)
+                some = F.interpolate(
+                    scores[:, n : n + 8], size, mode="bilinear", align_corners=True
+                )
                 score, index = some[0].max(0)
                 label = torch.where(score > best, (index + n).byte(), label)
                 best = best.maximum(score)
@@ -883,16 +1078,19 @@ def segment(model, image: torch.Tensor, cfg: Config, device: torch.device) -> tu
             parts += [(label, best if cfg.window_mode == "probabilities" else (best - lse).exp())]
     return tuple(torch.cat(part) for part in zip(*parts))
 
+
 def confusion_matrix(prediction, target, classes: int) -> torch.Tensor:
     """Pixel counts [N, N], rows truth, columns prediction, of label maps; IGNORE is left out."""
     known = target != IGNORE
     truth, predicted = target[known].long(), prediction[known].long()
     return torch.bincount(classes * truth + predicted, minlength=classes**2).view(classes, classes)
 
+
 def iou_per_class(matrix: torch.Tensor) -> torch.Tensor:
     """Confusion matrix [N, N] -> TP / (TP + FP + FN), percent [N]; NaN if a class never occurs."""
     hit = matrix.diag().double()
     return 100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)  # 0 / 0 is NaN
+
 
 def evaluate(model, folder: Folder, entries: list, cfg: Config, device, title="evaluate"):
     """IoU per class [N], percent, of a model (images in [0, 1] -> logits) over entries."""
@@ -903,6 +1101,7 @@ def evaluate(model, folder: Folder, entries: list, cfg: Config, device, title="e
         matrix += confusion_matrix(prediction, folder.mask(entry).to(device), N)
     return iou_per_class(sum_over_processes(matrix).cpu())
 
+
 # 10. Training -------------------------------------------------------------------------------------
 # Under torchrun every process runs this file: item i of the data goes to process i % WORLD, DDP
 # averages the gradients, evaluation shares the images, and process 0 alone prints and writes.
@@ -910,6 +1109,7 @@ def sum_over_processes(numbers: torch.Tensor) -> torch.Tensor:
     if WORLD > 1:
         dist.all_reduce(numbers)
     return numbers
+
 
 def pick_device(name: str) -> torch.device:
     """For "auto" what torch finds (CUDA, MPS), else the CPU. Joins the other processes, if any."""
@@ -923,15 +1123,18 @@ def pick_device(name: str) -> torch.device:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
+
 def autocast(cfg: Config, device: torch.device) -> torch.autocast:
     """bf16 for matrix products; losses stay in float32, on CUDA softmax and norms do, too."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and bf16
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
+
 def learning_rate(base: float, step: int, steps: int) -> float:
     """DeepLab's polynomial decay. Steps 0 and 1 both run at the base rate, as published."""
     return base * (1 - max(step - 1, 0) / steps) ** 0.9
+
 
 def make_optimizer(student: SemiVL, cfg: Config) -> torch.optim.AdamW:
     """AdamW with two rates: the decoder starts from nothing, the ViT must stay close to CLIP.
@@ -943,11 +1146,13 @@ def make_optimizer(student: SemiVL, cfg: Config) -> torch.optim.AdamW:
             (decoder if name.startswith("decoder.") else vit)["params"].append(p)
     return torch.optim.AdamW([decoder, vit], weight_decay=cfg.weight_decay)
 
+
 def ignore_signals(_) -> None:
     """Ctrl-C must reach only the training process, which saves and then ends its loaders."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgid"):  # Windows has no groups
         os.setpgid(0, 0)
+
 
 def new_run(cfg: Config, labelled: list) -> Path:
     """Makes the run's folder, with the list of labelled images and a copy of this file in it."""
@@ -962,20 +1167,26 @@ def new_run(cfg: Config, labelled: list) -> Path:
     (path / "semivl.py").write_bytes(Path(__file__).read_bytes())
     return path
 
+
 def to_json(content: dict) -> str:
     """A line of JSON. NaN and infinity, which JSON does not know, become null."""
     return json.dumps(json.loads(json.dumps(content), parse_constant=lambda _: None)) + "\n"
 
+
 def open_log(run: Path):
     """RUN/log.jsonl, locked while it is open, so that no other process works in this folder."""
-    log = open(run / "log.jsonl", "a", 1, encoding="utf-8")
+    log = open(run / "log.jsonl", "a", 1, encoding="utf-8")  # noqa: SIM115
     try:
         import fcntl
+
         fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError) as error:  # Windows and some disks know no locks: go on without
-        require(not isinstance(error, (BlockingIOError, PermissionError)),
-                f"{run}: another process is at work in it; wait for its end")
+        require(
+            not isinstance(error, (BlockingIOError, PermissionError)),
+            f"{run}: another process is at work in it; wait for its end",
+        )
     return log
+
 
 def say_table(corner: str, rows: list[str], columns: dict, form: str) -> None:
     """columns: title -> numbers (a tensor), one per row. form: the format of a number."""
@@ -984,7 +1195,10 @@ def say_table(corner: str, rows: list[str], columns: dict, form: str) -> None:
     for name, *row in [(corner, *columns), *zip(rows, *cells)]:
         say(f"{name:{wide}}" + "".join(f"{cell:>20}" for cell in row))
 
-def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, log=None) -> None:
+
+def train(  # noqa: C901
+    cfg: Config, folder: Folder | None = None, saved: dict | None = None, log=None
+) -> None:
     """A whole run. folder: instead of --dataset. saved, log: last.pt and open log, to resume."""
     # 1. Device, data, CLIP and the words it reads, three networks, optimiser; resume.
     device, folder = pick_device(cfg.device), folder or open_data(cfg)
@@ -995,22 +1209,35 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
     unlabelled = [(image, None) for image, _ in folder.train if image not in taken]
     require(unlabelled or not cfg.unlabelled, "no image is left unlabelled: add --unlabelled off")
     require(cfg.batch % WORLD == 0, f"--batch {cfg.batch} cannot be shared by {WORLD} processes")
-    require(not saved or [*saved["classes"].items()] == [*folder.classes.items()],
-            f"{folder.path}: other classes than those that the run started with")
+    require(
+        not saved or [*saved["classes"].items()] == [*folder.classes.items()],
+        f"{folder.path}: other classes than those that the run started with",
+    )
     lists = repr((folder.train, folder.val, folder.test, folder.values)).encode()
     digest = hashlib.sha256(lists).hexdigest()  # a run goes on with the lists that it started with
-    require(not saved or saved["digest"] in (digest, None), f"{folder.path}: its lists or 'colors' "
-            f"changed since the run started; add --dataset {cfg.dataset} to go on all the same")
+    require(
+        not saved or saved["digest"] in (digest, None),
+        f"{folder.path}: its lists or 'colors' "
+        f"changed since the run started; add --dataset {cfg.dataset} to go on all the same",
+    )
     # The named sets were checked when they were made: of them, only what has a mask is opened.
-    folder.check({"labelled": labelled, "validation": folder.val, "test": folder.test,
-                  "unlabelled": [] if cfg.dataset in PRESETS else unlabelled})
+    folder.check(
+        {
+            "labelled": labelled,
+            "validation": folder.val,
+            "test": folder.test,
+            "unlabelled": [] if cfg.dataset in PRESETS else unlabelled,
+        }
+    )
     # Without unlabelled images a run is as long as with them, so that the two can be compared.
-    cfg = dataclasses.replace(cfg, steps=cfg.steps or cfg.epochs * max(
-        1, len(unlabelled or labelled) // cfg.batch))
+    cfg = dataclasses.replace(
+        cfg, steps=cfg.steps or cfg.epochs * max(1, len(unlabelled or labelled) // cfg.batch)
+    )
     torch.manual_seed(cfg.seed)
     clip, clip_config = load_clip(cfg)
     text, by_name, concepts, sizes = describe_classes(
-        clip, folder.classes, decoder_text=cfg.decoder_text, definitions=cfg.definitions)
+        clip, folder.classes, decoder_text=cfg.decoder_text, definitions=cfg.definitions
+    )
     student = build_model(cfg, clip.visual, text, cfg.conv_weights).to(device).train()
     del clip  # the text tower has done its work
     frozen = frozen_copy(student.clip)  # before training, and before a checkpoint is loaded
@@ -1029,30 +1256,49 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
                 module.load_state_dict(saved[name])
     elif RANK == 0:
         log = open_log(out := new_run(cfg, labelled))
+
     def save(name):  # replaces the old file when the new one is complete
-        content = {key: module.state_dict() for key, module in stored.items()
-                   if key == "model" or name == "last.pt"}  # torch.save writes shared tensors once
-        content |= dict(state, config=dataclasses.asdict(cfg), classes=folder.classes,
-                        clip=clip_config, labelled=labelled, digest=digest)
+        content = {  # torch.save writes shared tensors once
+            key: module.state_dict()
+            for key, module in stored.items()
+            if key == "model" or name == "last.pt"
+        }
+        content |= dict(
+            state,
+            config=dataclasses.asdict(cfg),
+            classes=folder.classes,
+            clip=clip_config,
+            labelled=labelled,
+            digest=digest,
+        )
         with blame(f"{out / name} (make room; what was saved before is whole)"):
             torch.save(content, out / "new.tmp")
             (out / "new.tmp").replace(out / name)
-    say(f"{len(labelled)} labelled, {len(unlabelled)} unlabelled, {len(folder.val)} validation, "
-        f"{len(folder.test)} test images; {cfg.steps} steps on {device}; writes to {out}")
+
+    say(
+        f"{len(labelled)} labelled, {len(unlabelled)} unlabelled, {len(folder.val)} validation, "
+        f"{len(folder.test)} test images; {cfg.steps} steps on {device}; writes to {out}"
+    )
     if not saved:
         for title, model in {"CLIP by names": names_only, caption: guidance}.items():
             miou = evaluate(model, folder, folder.val[:100], cfg, device).nanmean()
             say(f"frozen {title}: mIoU {miou:.1f} ({len(folder.val[:100])} validation images)")
     data = TrainingSet(folder, labelled, unlabelled if cfg.unlabelled else [], cfg)
     loader = DataLoader(
-        data, cfg.batch // WORLD, num_workers=min(cfg.workers, os.cpu_count() or 1),
+        data,
+        cfg.batch // WORLD,
+        num_workers=min(cfg.workers, os.cpu_count() or 1),
         sampler=range(state["step"] * cfg.batch + RANK, cfg.steps * cfg.batch, WORLD),
-        pin_memory=cuda, worker_init_fn=ignore_signals)
+        pin_memory=cuda,
+        worker_init_fn=ignore_signals,
+    )
     stop, times, clock = [], [], time.perf_counter()
+
     def on_signal(number, _):
         stop.append(number)
         signal.signal(number, signal.default_int_handler)  # the second one ends the program at once
         say("stops after this step")
+
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     for batch in progress(loader, "train", total=cfg.steps, initial=state["step"]):
@@ -1069,11 +1315,13 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
         chunks = [slice(i, i + micro) for i in range(0, len(batch["x"]), micro)]
         if cfg.unlabelled:
             with autocast(cfg, device):
-                parts = [make_targets(ema.model, guidance if cfg.guidance else None, w / 255, p)
-                         for w, p in zip(batch["w"].split(micro), batch["padding"].split(micro))]
+                parts = [
+                    make_targets(ema.model, guidance if cfg.guidance else None, w / 255, p)
+                    for w, p in zip(batch["w"].split(micro), batch["padding"].split(micro))
+                ]
             own = Targets(*map(torch.cat, zip(*parts)))  # [batch, H, W] each
             for view in data.views:
-                paste = lambda t: cutmix(t, t.flip(0), batch[f"{view}_box"])  # noqa: E731
+                paste = lambda t: cutmix(t, t.flip(0), batch[f"{view}_box"])  # noqa: B023, E731
                 images[view], targets[view] = paste(batch[view]), own.map(paste)
             images["fp"], targets["fp"] = batch["w"], own  # last, so it is perturbed below
         # 4. The student predicts all views of a micro-batch in one forward; losses; backward.
@@ -1086,9 +1334,13 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
             with autocast(cfg, device):
                 logits = parallel(pixels, num_perturbed=micro if targets else 0)  # "fp" comes last
             terms = semivl_loss(
-                dict(zip(images, logits.split(micro))), batch["y"][c].long(),
-                {view: t.map(lambda a: a[c]) for view, t in targets.items()},
-                guidance_weight, cfg.conf_thresh, cfg.weighting)
+                dict(zip(images, logits.split(micro))),
+                batch["y"][c].long(),
+                {view: t.map(lambda a: a[c]) for view, t in targets.items()},  # noqa: B023
+                guidance_weight,
+                cfg.conf_thresh,
+                cfg.weighting,
+            )
             (terms["total"] / len(chunks)).backward()
             for name, loss in terms.items():
                 losses[name] = losses.get(name, 0.0) + loss.detach() / len(chunks)
@@ -1098,8 +1350,11 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
             losses["kept"] = sure.sum() / (~own.padding).sum().clamp(min=1)
         means = sum_over_processes(torch.stack([*losses.values()]) / WORLD).tolist()
         line = dict(zip(losses, means), lr=[group["lr"] for group in optimizer.param_groups])
-        require(math.isfinite(line["total"]), f"step {step + 1}: the loss is {line['total']}. "
-                f"Lower --lr, or look at these files: {' '.join(files)}")
+        require(
+            math.isfinite(line["total"]),
+            f"step {step + 1}: the loss is {line['total']}. "
+            f"Lower --lr, or look at these files: {' '.join(files)}",
+        )
         optimizer.step()
         optimizer.zero_grad()
         for buffer in student.buffers() if WORLD > 1 else ():
@@ -1112,9 +1367,11 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
         evaluate_now = step % math.ceil(cfg.steps / cfg.evals) == 0 or step == cfg.steps
         if evaluate_now:
             state["last"] = float(evaluate(ema.model, folder, folder.val, cfg, device).nanmean())
-            say(f"step {step}: loss {line['total']:.3f}, kept {line.get('kept', math.nan):.2f}, "
+            say(
+                f"step {step}: loss {line['total']:.3f}, kept {line.get('kept', math.nan):.2f}, "
                 f"validation mIoU {state['last']:.1f}, {np.median(times[1:] or times):.3g} s/step"
-                + (f", {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if cuda else ""))
+                + (f", {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if cuda else "")
+            )
         better, state["best"] = state["last"] > state["best"], max(state["best"], state["last"])
         # 7. After a signal to any process, process 0 saves and all leave.
         stopping = sum_over_processes(torch.tensor(len(stop), device=device)) > 0
@@ -1133,8 +1390,16 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
         clock = time.perf_counter()
     for number in (signal.SIGINT, signal.SIGTERM):  # the table below may be interrupted at once
         signal.signal(number, signal.default_int_handler)
-    report({"CLIP by names": names_only} | compared, folder, cfg, device, out,
-           val_last=state["last"], val_best=state["best"])
+    report(
+        {"CLIP by names": names_only} | compared,
+        folder,
+        cfg,
+        device,
+        out,
+        val_last=state["last"],
+        val_best=state["best"],
+    )
+
 
 def report(models: dict, folder: Folder, cfg: Config, device, out=None, **more) -> None:
     """IoU per class on the test images (or else validation), printed, and in OUT/result.json."""
@@ -1148,22 +1413,32 @@ def report(models: dict, folder: Folder, cfg: Config, device, out=None, **more) 
         (out / "result.json").write_text(to_json(more), encoding="utf-8")
     say_table(f"IoU, {split}", names, table, ".1f")
 
+
 # 11. Weights: CLIP's, the authors', our checkpoints -----------------------------------------------
 def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
     """The CLIP that --clip, --clip-tag and --clip-weights name, and open_clip's config of it."""
     name, tag, weights = cfg.clip, cfg.clip_tag, cfg.clip_weights
     if toy := (name == "toy"):
         import data_prep
+
         name = name if weights else f"local-dir:{data_prep.prepare('toy', cfg.root)}"
     with blame(f"--clip {name}, {weights or tag} (or give --clip-weights FILE, or none)"):
-        config = data_prep.CLIP_CONFIGS["toy"] if toy and weights else (
-            open_clip.get_model_config(name) or {"vision_cfg": {}})
+        config = (
+            data_prep.CLIP_CONFIGS["toy"]
+            if toy and weights
+            else (open_clip.get_model_config(name) or {"vision_cfg": {}})
+        )
         quick, known = config.get("quick_gelu", False), open_clip.get_pretrained_cfg(name, tag)
-        require({*config} <= {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"} and isinstance(
-            config["vision_cfg"].get("layers"), int) and "hf_tokenizer_name" not in config[
-            "text_cfg"], "no plain ViT CLIP of open_clip, such as ViT-B-16-quickgelu")
-        require(weights or known.get("quick_gelu", quick) == quick,
-                f"{tag} was trained with the other GELU; add or drop -quickgelu")
+        require(
+            {*config} <= {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
+            and isinstance(config["vision_cfg"].get("layers"), int)
+            and "hf_tokenizer_name" not in config["text_cfg"],
+            "no plain ViT CLIP of open_clip, such as ViT-B-16-quickgelu",
+        )
+        require(
+            weights or known.get("quick_gelu", quick) == quick,
+            f"{tag} was trained with the other GELU; add or drop -quickgelu",
+        )
         if not weights:
             tag = None if ":" in name else tag
             return open_clip.create_model(name, tag, require_pretrained=True), config
@@ -1176,18 +1451,22 @@ def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
             say(f"note: {name} uses {'QuickGELU' if quick else 'GELU'}, whatever {weights} needs")
     return clip, config
 
+
 # For conv_skip's ResNet. If `authors_clip` without conv_skip, for CLIP, as the authors have it.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 def resnet_stem(weights: str) -> nn.Module:
     """Start of timm's resnet101c: images [B, 3, H, W] in [0, 1] -> [[B, 256, H/4, W/4]]."""
     import timm  # comes with open_clip
+
     with blame(weights or "resnet101c (or give --conv-weights FILE)"):
         net = timm.create_model("resnet101c", not weights, features_only=True, out_indices=(1,))
         if weights not in ("", "none"):
             state = open_clip.factory.load_state_dict(weights)
             net.load_state_dict({name: state[name] for name in net.state_dict()})
     return nn.Sequential(v2.Normalize(IMAGENET_MEAN, IMAGENET_STD), net)
+
 
 def build_model(cfg: Config, visual: nn.Module, text: torch.Tensor, conv_weights="none") -> SemiVL:
     """The model of the settings, around a visual tower and the classes' text [N, E]."""
@@ -1199,10 +1478,14 @@ def build_model(cfg: Config, visual: nn.Module, text: torch.Tensor, conv_weights
     spatial_fine_tuning(clip, cfg.finetune)
     E, D, C = clip.embed_dim, clip.width, cfg.decoder_channels
     shallow, width = (256, C // 4) if cfg.conv_skip else (D, C // 8)
-    decoder = VisionDecoder(E, D, len(text)) if cfg.decoder == "vision" else (
-        LanguageGuidedDecoder(E, shallow, D, C, width, cfg.recompute))
+    decoder = (
+        VisionDecoder(E, D, len(text))
+        if cfg.decoder == "vision"
+        else (LanguageGuidedDecoder(E, shallow, D, C, width, cfg.recompute))
+    )
     stem = cfg.conv_skip and cfg.decoder == "language"  # VisionDecoder reads no shallow skip
     return SemiVL(clip, decoder, text, resnet_stem(conv_weights) if stem else None)
+
 
 AUTHORS_NAMES = """module.> decode_head.layers>decoder.semantic decode_head.conv1>decoder.lift
 transformer.ffn.layers.0.0>layer.linear1 transformer.ffn.layers.1>layer.linear2
@@ -1214,6 +1497,7 @@ backbone.cls_token>clip.visual.class_embedding backbone.pos_embed>clip.visual.po
 backbone.proj.weight>clip.visual.proj backbone.patch_embed.projection>clip.visual.conv1
 backbone.layers>clip.visual.transformer.resblocks attn.attn>attn .ln1>.ln_1 .ln2>.ln_2
 ffn.layers.0.0>mlp.c_fc ffn.layers.1>mlp.c_proj"""
+
 
 def load_authors_checkpoint(state_dict: dict, text: torch.Tensor, heads=None) -> SemiVL:
     """The authors' weights, `load_file("best.pth")["model"]`, as a SemiVL in eval mode. text: [N,
@@ -1230,23 +1514,35 @@ def load_authors_checkpoint(state_dict: dict, text: torch.Tensor, heads=None) ->
     width, _, patch, _ = weights[vit + "conv1.weight"].shape
     side = patch * math.isqrt(len(weights[vit + "positional_embedding"]) - 1)
     visual = open_clip.transformer.VisionTransformer(
-        side, patch, width, layers=sum("mlp.c_fc.weight" in name for name in weights),
-        heads=heads or width // 64, mlp_ratio=4.0, output_dim=weights[vit + "proj"].shape[1])
+        side,
+        patch,
+        width,
+        layers=sum("mlp.c_fc.weight" in name for name in weights),
+        heads=heads or width // 64,
+        mlp_ratio=4.0,
+        output_dim=weights[vit + "proj"].shape[1],
+    )
     cfg = Config(crop=side, authors_clip=True, conv_skip="conv.1.bn1.weight" in weights)
     model = build_model(cfg, visual, F.normalize(text.float(), dim=1))
     ours = {name: model.state_dict()[name] for name in ("text", "clip.mean", "clip.std")}
     model.load_state_dict(weights | ours)
     return model.eval()
 
+
 def load_file(file, *needed: str) -> dict:
     """What torch.save wrote, with the entries `needed`, without running code that may be in it."""
-    numbers = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in (
-        "core", "_core")] + [np.dtype, np.dtypes.Float64DType]  # scalars of old and new numpy
+    numbers = [
+        (np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
+        for core in ("core", "_core")
+    ] + [np.dtype, np.dtypes.Float64DType]  # scalars of old and new numpy
     with blame(file), torch.serialization.safe_globals(numbers):
         content = torch.load(file, map_location="cpu", weights_only=True)
-        require(isinstance(content, dict) and {*needed} <= {*content},
-                "no checkpoint of this program (nor of the authors': load_authors_checkpoint)")
+        require(
+            isinstance(content, dict) and {*needed} <= {*content},
+            "no checkpoint of this program (nor of the authors': load_authors_checkpoint)",
+        )
         return content
+
 
 def load_checkpoint(file: str, **changes) -> tuple[SemiVL, Config, dict]:
     """A checkpoint of this program -> model in eval mode, settings, class names and concepts."""
@@ -1257,31 +1553,37 @@ def load_checkpoint(file: str, **changes) -> tuple[SemiVL, Config, dict]:
         model.load_state_dict(content["model"])
     return model.eval(), cfg, content["classes"]
 
+
 # 12. Pictures: masks in colours, the sheet of a run -----------------------------------------------
 def colour_mask(mask: torch.Tensor, classes) -> Image.Image:
     """Class numbers [H, W] -> palette image whose values are still the class numbers."""
     palette = [255] * 768  # three numbers each; IGNORE is white
     for n, name in enumerate(classes):  # steps of the golden ratio keep neighbours apart
         colour = f"hsv({(7 + 222.5 * n) % 360}, 60%, {(90, 70)[n // 8 % 2]}%)"
-        palette[3 * n:3 * n + 3] = ImageColor.getrgb("#4d525c" if name == "background" else colour)
+        palette[3 * n : 3 * n + 3] = ImageColor.getrgb(
+            "#4d525c" if name == "background" else colour
+        )
     image = Image.fromarray(mask.cpu().numpy().astype(np.uint8))
     image.putpalette(palette)
     return image
+
 
 def save_sheet(file: Path, folder: Folder, models: dict, cfg: Config, device) -> None:
     """Up to four validation images, a row each: image, truth, what each model (title -> images to
     logits) predicts, and before the last model its pseudo-labels, pale below the threshold."""
     titles, side, cells = ["image", "truth", *models], 192, []
     titles.insert(-1, "pseudo-label (pale: unsure)")
-    for entry in folder.val[::math.ceil(len(folder.val) / 4)]:
+    for entry in folder.val[:: math.ceil(len(folder.val) / 4)]:
         image = folder.image(entry)
         *others, (label, confidence) = [segment(m, image, cfg, device) for m in models.values()]
         masks = [folder.mask(entry), *(other for other, _ in others), label, label]
         row = [colour_mask(mask, folder.classes).convert("RGB") for mask in masks]
         pale = 170 * (confidence < cfg.conf_thresh)
         row[-2].paste("white", mask=Image.fromarray(pale.byte().cpu().numpy()))
-        cells += [VF.pil_to_tensor(ImageOps.pad(cell, (side, side), Image.Resampling.BOX, "white"))
-                  for cell in (VF.to_pil_image(image), *row)]
+        cells += [
+            VF.pil_to_tensor(ImageOps.pad(cell, (side, side), Image.Resampling.BOX, "white"))
+            for cell in (VF.to_pil_image(image), *row)
+        ]
     grid = VF.to_pil_image(make_grid(torch.stack(cells), len(titles), padding=6, pad_value=255))
     columns, top = grid.width // 140, grid.height + 28
     rows = math.ceil(len(folder.classes) / columns)  # of the legend
@@ -1295,6 +1597,7 @@ def save_sheet(file: Path, folder: Folder, models: dict, cfg: Config, device) ->
         sheet.paste(colour_mask(torch.full((14, 14), n), folder.classes), (x, y))
         write((x + 20, y), name)
     sheet.save(file)
+
 
 # 13. Command line ---------------------------------------------------------------------------------
 def predict(checkpoint: str, images: list[str], typed: dict) -> None:
@@ -1316,6 +1619,7 @@ def predict(checkpoint: str, images: list[str], typed: dict) -> None:
             problems.append(str(error))
     require(not problems, "\n".join(problems))
 
+
 def benchmark(cfg: Config) -> None:
     """--benchmark: four steps of `train` on noise, with random weights (and the set's classes)."""
     entries, size = [(f"{i}.png", f"{i}.png") for i in range(2 * cfg.batch)], (cfg.crop, cfg.crop)
@@ -1328,6 +1632,7 @@ def benchmark(cfg: Config) -> None:
         changes = dict(labels=cfg.batch, steps=4, evals=1, workers=0, out=f"{place}/run")
         train(dataclasses.replace(cfg, clip_weights="none", conv_weights="none", **changes), noise)
 
+
 def parse_args(argv) -> tuple[argparse.Namespace, dict]:
     """The command line, and of it the fields of Config that were typed, with their values."""
     parser = argparse.ArgumentParser(usage="semivl.py [options; voc defaults]", allow_abbrev=False)
@@ -1336,17 +1641,25 @@ def parse_args(argv) -> tuple[argparse.Namespace, dict]:
         default, choices = getattr(Config, name), get_args(kind) or None
         if kind is bool:
             default, choices = ("off", "on")[default], ("on", "off")
-        parser.add_argument(f"--{name.removesuffix('_thresh').replace('_', '-')}", dest=name,
-                            type=kind if kind in (int, float) else str, choices=choices,
-                            help=f"{comments[name]} [{default}]")
+        parser.add_argument(
+            f"--{name.removesuffix('_thresh').replace('_', '-')}",
+            dest=name,
+            type=kind if kind in (int, float) else str,
+            choices=choices,
+            help=f"{comments[name]} [{default}]",
+        )
     actions = parser.add_mutually_exclusive_group()
     actions.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped")
     actions.add_argument("--eval", metavar="CKPT", help="IoU per class of a checkpoint")
     actions.add_argument("--predict", nargs="+", metavar=("CKPT", "IMAGE"), help="masks of images")
     actions.add_argument("--benchmark", action="store_true", help="seconds and memory of a step")
     args = parser.parse_args(argv)
-    return args, {name: value == "on" if Config.__annotations__[name] is bool else value for
-                  name, value in vars(args).items() if name in comments and value is not None}
+    return args, {
+        name: value == "on" if Config.__annotations__[name] is bool else value
+        for name, value in vars(args).items()
+        if name in comments and value is not None
+    }
+
 
 def main(argv=None) -> int:
     """Runs the command line; exit code 2 and one line for a user's mistake, 130 for Ctrl-C."""
@@ -1361,8 +1674,10 @@ def main(argv=None) -> int:
             file = (run := Path(args.resume)) / "last.pt"
             require(file.is_file(), f"{run}: not a run's folder with last.pt")
             log = open_log(run) if RANK == 0 else None
-            saved = load_file(file, *"model config classes student optimizer labelled digest step "
-                              "last best".split())
+            saved = load_file(
+                file,
+                *"model config classes student optimizer labelled digest step last best".split(),
+            )
             with blame(file):
                 cfg = Config(**saved["config"] | typed | dict(out=args.resume))
             train(cfg, None, saved | {"digest": None} if "dataset" in typed else saved, log)
@@ -1392,6 +1707,7 @@ def main(argv=None) -> int:
         # An error of a loader process comes with that process's traceback in front.
         print(f"semivl.py: {text.rpartition('ValueError: ')[2]}", file=sys.stderr)
         return 2
+
 
 if __name__ == "__main__":
     for stream in filter(None, (sys.stdout, sys.stderr)):
