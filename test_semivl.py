@@ -9,6 +9,7 @@ float32, CPU) with weights made by a formula, so that nobody has to carry a weig
 """
 
 import ast
+import colorsys
 import hashlib
 import http.server
 import io
@@ -32,6 +33,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 import data_prep
 import semivl
@@ -350,6 +352,108 @@ def test_learning_rate_equals_the_authors():
     assert rates == pytest.approx([0.001 * n**0.9 for n in (1, 1, 0.99, 0.51, 0.02)], rel=1e-12)
 
 
+# The authors' recipes and words -------------------------------------------------------------------
+# Columns: labels, rates of decoder and ViT, epochs, steps (0: as many as the epochs have), crop,
+# fit, weighting, shallow skip from a ResNet, decoder's text, windows of an image of 375 x 500.
+RECIPES = {
+    "voc": (92, 1e-3, 1e-6, 80, 0, 512, True, "pixel", False, "names", [(512, 512)] * 2),
+    "coco": (232, 4e-3, 4e-7, 10, 0, 512, False, "pixel", False, "names", [(375, 500)]),
+    "ade20k": (158, 4e-3, 4e-7, 40, 0, 512, True, "pixel", False, "names", [(512, 512)] * 2),
+    "cityscapes": (100, 5e-4, 5e-6, 80, 83_760, 801, False, "mean", True, "mean", [(375, 500)]),
+}
+SHARED_BY_ALL = dict(
+    batch=8,
+    conf_thresh=0.95,
+    guidance=0.1,
+    guidance_conf_thresh=0.9,
+    weight_decay=0.01,
+    scale_min=0.5,
+    scale_max=2.0,
+    ema=0.996,
+    decoder="language",
+    decoder_channels=128,
+    finetune="spatial",
+    definitions=True,
+    authors_clip=False,
+    unlabelled=True,
+    clip="ViT-B-16-quickgelu",
+)
+
+
+def windows_of(cfg: Config, height: int, width: int) -> list[tuple]:
+    """Sizes of the windows in which `segment` shows an image to the model."""
+    sizes = []
+
+    def model(images):
+        sizes.append(tuple(images.shape[2:]))
+        return images
+
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    semivl.segment(model, image, cfg, torch.device("cpu"))
+    return sizes
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_presets_are_the_authors_settings(name):
+    cfg = Config(**semivl.PRESETS[name])
+    *recipe, windows = RECIPES[name]
+    columns = "labels lr vit_lr epochs steps crop fit weighting conv_skip decoder_text".split()
+    assert [getattr(cfg, column) for column in columns] == recipe
+    assert {key: getattr(cfg, key) for key in SHARED_BY_ALL} == SHARED_BY_ALL
+    assert windows_of(cfg, 375, 500) == windows
+
+
+def test_windows_stride_as_the_authors_do():
+    voc, coco, cityscapes = (
+        Config(**semivl.PRESETS[name]) for name in ("voc", "coco", "cityscapes")
+    )
+    assert windows_of(voc, 100, 500) == [(512, 512)] * 6  # as 512 x 2560: 0, 426, ... 2048
+    assert windows_of(coco, 600, 939) == [(512, 512)] * 6  # 0, 88; 0, 426, 427
+    rows, columns = (801, 490), (801, 801, 801, 446)  # from 0, 534, ... to the image's end
+    assert windows_of(cityscapes, 1024, 2048) == [(h, w) for h in rows for w in columns]
+
+
+@pytest.mark.parametrize("name, digest", [("voc", "daaa22ad"), ("cityscapes", "e15cf9e6")])
+def test_definitions_are_the_published_ones(name, digest):
+    pairs = json.dumps([[name, concepts] for name, concepts in semivl.DEFINITIONS[name].items()])
+    assert hashlib.sha256(pairs.encode()).hexdigest().startswith(digest)
+    assert [*semivl.DEFINITIONS[name]] == data_prep.CLASSES[name]
+
+
+def test_lists_of_ade20k_are_the_published_ones():
+    digests = {
+        158: "5b28d705",
+        316: "78f423b1",
+        632: "0a2f3b29",
+        1263: "85cb4de0",
+        2526: "73d45bc8",
+    }
+    for count, digest in digests.items():
+        text = data_prep.ade20k_list(f"{count}/labeled.txt")
+        assert hashlib.sha256(text.encode()).hexdigest().startswith(digest)
+
+
+def test_every_parameter_that_trains_has_the_rate_of_its_group():
+    visual = data_prep.empty_clip("toy").visual
+    cfg = Config(crop=64, conv_skip=True, lr=1e-3, vit_lr=1e-6)
+    student = semivl.build_model(cfg, visual, torch.randn(3, 64))
+    decoder, vit = semivl.make_optimizer(student, cfg).param_groups
+    names = {p: name for name, p in student.named_parameters()}
+    assert {*map(names.get, decoder["params"])} == {
+        name for name in names.values() if name.startswith("decoder.")
+    }
+    assert {*map(names.get, vit["params"])} == {
+        name
+        for name in names.values()
+        if name.startswith("conv.") or ".attn." in name or name.endswith("positional_embedding")
+    }
+    assert (decoder["lr"], vit["lr"]) == (1e-3, 1e-6)
+    for group in (decoder, vit):
+        assert group["weight_decay"] == 0.01 and group["betas"] == (0.9, 0.999)
+    trained = {p for p in student.parameters() if p.requires_grad}
+    assert trained == {*decoder["params"], *vit["params"]}
+
+
 # CLIP, language, networks -------------------------------------------------------------------------
 def test_spatial_fine_tuning_trains_attention_and_position_only(authors):
     trained = [n.split(".")[-2] for n, p in authors.clip.named_parameters() if p.requires_grad]
@@ -385,6 +489,66 @@ def test_definitions_average_for_the_decoder_and_stand_apart_for_guidance():
     torch.testing.assert_close(concepts[:2], F.normalize(raw, dim=1))
     text, names, concepts, _ = semivl.describe_classes(clip, classes, definitions=False)
     torch.testing.assert_close((text, concepts), (names, names))
+
+
+def test_text_is_the_published_prompt():
+    clip = data_prep.empty_clip("toy").eval()
+    tokens = open_clip.tokenize("a photo of a potted plant", clip.context_length)
+    embedding = semivl.encode_text(clip, ["potted plant"])
+    assert torch.equal(embedding, clip.encode_text(tokens).float())
+
+
+def written_out_block(block, x, activation, eps):
+    """A pre-norm transformer block on tokens [1, T, D], from its weights alone."""
+    T, D = x.shape[1:]
+    heads = D // 64
+
+    def norm(layer, x):
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * layer.weight
+
+    qkv = norm(block.ln_1, x) @ block.attn.in_proj_weight.T
+    q, k, v = qkv.view(T, 3, heads, 64).permute(1, 2, 0, 3)  # each [heads, T, 64]
+    mixed = (q @ k.transpose(1, 2) / 8).softmax(-1) @ v
+    x = x + mixed.transpose(0, 1).reshape(1, T, D) @ block.attn.out_proj.weight.T
+    hidden = activation(norm(block.ln_2, x) @ block.mlp.c_fc.weight.T)
+    return x + hidden @ block.mlp.c_proj.weight.T
+
+
+def test_clip_computes_quickgelu_and_the_authors_gelu_with_their_eps():
+    x = 0.01 * random_normal(1, (1, 5, 768))  # of a variance that feels eps
+    expected = {
+        False: (lambda z: z * torch.sigmoid(1.702 * z), 1e-5, open_clip.OPENAI_DATASET_MEAN),
+        True: (lambda z: z * (1 + torch.erf(z / 2**0.5)) / 2, 1e-6, semivl.IMAGENET_MEAN),
+    }
+    for authors, (activation, eps, mean) in expected.items():
+        cfg = Config(clip_weights="none", authors_clip=authors)
+        clip, _ = semivl.load_clip(cfg)  # the default one: ViT-B-16-quickgelu
+        student = semivl.build_model(cfg, clip.visual, torch.randn(2, 512))
+        block = student.clip.visual.transformer.resblocks[1]
+        for name, parameter in block.named_parameters():
+            if name.endswith("bias"):
+                parameter.data.zero_()
+        known = written_out_block(block, x, activation, eps)
+        torch.testing.assert_close(block(x), known, rtol=0, atol=1e-6)
+        assert student.clip.mean.flatten().tolist() == pytest.approx(mean)
+
+
+def test_deeplab_reads_the_deep_skip_beside_the_embedding():
+    decoder = semivl.VisionDecoder(512, 768, 21).eval()
+    dense, deep = torch.rand(1, 512, 6, 8), torch.rand(1, 768, 6, 8)
+    logits = decoder(dense, (None, deep))
+    assert logits.shape == (1, 21, 6, 8)
+    assert not torch.equal(logits, decoder(dense, (None, deep + 1)))
+    convolutions = [
+        (c.in_channels, c.out_channels, *c.kernel_size[:1], *c.dilation[:1])
+        for c in decoder.modules()
+        if isinstance(c, nn.Conv2d)
+    ]
+    assert convolutions == [
+        *((512, 64, k, d) for k, d in ((1, 1), (3, 6), (3, 12), (3, 18), (1, 1))),
+        *((320, 64, 1, 1), (768, 48, 1, 1), (112, 256, 3, 1), (256, 256, 3, 1), (256, 21, 1, 1)),
+    ]
 
 
 def test_torchscript_is_loaded_only_if_it_is_openais_own(tmp_path, monkeypatch):
@@ -650,6 +814,123 @@ def test_every_item_is_a_function_of_seed_and_position(folder):
 )
 def test_random_scale_fits_the_image_as_published(size, r, expected):
     assert semivl.random_size(*size, Config(scale_min=r, scale_max=r)) == expected
+
+
+@pytest.mark.parametrize("fit", [True, False])
+def test_image_and_mask_are_scaled_cropped_and_flipped_together(fit):
+    # The image's colour is 40 times the mask's class, and no class is black.
+    rng, compared = np.random.default_rng(0), 0
+    for seed in range(40):
+        torch.manual_seed(seed)
+        blocks = torch.from_numpy(rng.integers(1, 6, (1, 1, 4, 5))).float()
+        whole = F.interpolate(blocks, (*rng.integers(60, 200, 2),))[0, 0].byte()
+        cfg = Config(crop=96, fit=fit)
+        image, mask = semivl.scale_crop_flip((40 * whole).expand(3, -1, -1), whole, cfg)
+        assert image.shape == (3, 96, 96) and mask.shape == (96, 96)
+        padding = mask == IGNORE
+        assert torch.equal(image == 0, padding.expand(3, -1, -1))
+        # Near a border of two classes the image is a mixture: compare where 11 x 11 pixels agree.
+        classes = F.pad(mask.float(), [5] * 4)[None, None]
+        flat = F.max_pool2d(classes, 11, 1) == -F.max_pool2d(-classes, 11, 1)
+        flat = flat[0, 0] & ~padding
+        assert torch.equal(image[:, flat], (40 * mask[flat]).expand(3, -1))
+        compared += flat.sum()
+    assert compared > 40 * 500
+
+
+def test_crops_lie_anywhere_and_half_of_them_are_flipped():
+    across = torch.arange(100, dtype=torch.uint8).expand(100, 100)
+    image, flips, corners = torch.stack([across, across.T, across]), 0, []
+    torch.manual_seed(0)
+    cfg = Config(crop=64, fit=False, scale_min=1.0, scale_max=1.0)
+    for _ in range(400):
+        crop, _ = semivl.scale_crop_flip(image, across, cfg)
+        flips += int(crop[0, 0, 0] > crop[0, 0, 1])
+        corners.append([int(crop[1].min()), int(crop[0].min())])
+    corners = torch.tensor(corners).double()  # top, left: 0 to 36
+    assert flips / 400 == pytest.approx(0.5, abs=0.08)
+    assert corners.amin(0).tolist() == [0, 0] and corners.amax(0).tolist() == [36, 36]
+    assert corners.mean(0).tolist() == pytest.approx([18, 18], abs=1.5)
+
+
+@pytest.mark.parametrize(
+    "fit, scale, expected", [(True, 1.0, [0, 2, 5, 7]), (False, 0.4, [1, 3, 6, 8])]
+)
+def test_masks_take_the_nearest_pixel_as_cv2_or_pil_do(fit, scale, expected):
+    line = torch.arange(10, dtype=torch.uint8)  # becomes 4 pixels
+    cfg = Config(crop=4, fit=fit, scale_min=scale, scale_max=scale)
+    _, mask = semivl.scale_crop_flip(line.expand(3, 10, 10), line.expand(10, 10), cfg)
+    assert sorted(mask[0].tolist()) == expected
+
+
+def test_padding_is_black_ignored_and_marked(folder):
+    for i in range(4):
+        Image.new("RGB", (40, 50), (90, 100, 110)).save(folder / f"images/{i}.png")
+        Image.new("L", (40, 50), 1).save(folder / f"masks/{i}.png")
+    cfg = Config(crop=64, fit=False, scale_min=1.0, scale_max=1.0)
+    data = open_folder(folder)
+    for i in range(8):
+        item = semivl.TrainingSet(data, data.train[:2], data.train[2:], cfg)[i]
+        assert item["padding"].sum() == 64 * 64 - 40 * 50
+        assert torch.equal(item["padding"].expand(3, -1, -1), item["w"] == 0)
+        assert torch.equal(item["y"] == IGNORE, (item["x"] == 0)[0])
+
+
+def strong_views(image: torch.Tensor, draws: int) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.stack([semivl.strong_view(image) for _ in range(draws)])
+
+
+def test_strong_views_move_nothing():
+    # Each class has one colour. A strong view gives it another, but still one: at every pixel, or,
+    # if the view is blurred, wherever no other class is within the blur's reach.
+    torch.manual_seed(1)
+    classes = torch.randint(4, (6, 6)).repeat_interleave(16, 0).repeat_interleave(16, 1)
+    image = torch.randint(40, 210, (4, 3), dtype=torch.uint8)[classes].permute(2, 0, 1)
+    numbers = classes.float()[None, None]
+    inside = F.max_pool2d(numbers, 13, 1, 6) == -F.max_pool2d(-numbers, 13, 1, 6)
+
+    def spread(view, places):  # of the colours of a class
+        colours = [view[:, places & (classes == n)].double() for n in range(4)]
+        return max((c.amax(1) - c.amin(1)).max() for c in colours)
+
+    views, sharp = strong_views(image, 60), 0
+    for view in views:
+        assert spread(view, inside[0, 0]) <= 2
+        sharp += spread(view, torch.ones(96, 96, dtype=torch.bool)) <= 1
+    assert 18 <= sharp <= 42  # half of the views are not blurred
+
+
+def test_strong_views_have_the_published_strength():
+    def uniform(r, g, b):
+        return torch.tensor([r, g, b], dtype=torch.uint8).view(3, 1, 1).expand(3, 32, 32)
+
+    # Brightness: of grey, only brightness changes.
+    bright = strong_views(uniform(100, 100, 100), 300)[:, 0, 16, 16].double() / 100
+    assert 0.48 < bright.min() < 0.55 and 1.45 < bright.max() < 1.52
+    assert (bright == 1).double().mean().item() == pytest.approx(0.2, abs=0.06)  # jitter: 0.8
+    # Contrast: the difference of two greys beside their mean, which was 0.4.
+    greys = uniform(100, 100, 100).clone()
+    greys[:, :, :16], greys[:, :, 16:] = 80, 120
+    low, high = strong_views(greys, 300)[:, 0, 16, [0, 31]].double().unbind(1)
+    contrast = 2 * (high - low) / (high + low) / 0.4
+    assert 0.45 < contrast.min() < 0.56 and 1.44 < contrast.max() < 1.62
+    # Saturation, hue and grey of a red.
+    reds = strong_views(uniform(150, 90, 90), 300)[:, :, 16, 16].double()
+    grey = (reds.amax(1) == reds.amin(1)).double().mean().item()
+    assert grey == pytest.approx(0.2, abs=0.06)
+    coloured = reds[reds.amax(1) > reds.amin(1)] / 255
+    hue, saturation, _ = np.array([colorsys.rgb_to_hsv(*red) for red in coloured.tolist()]).T
+    turn = (hue + 0.5) % 1 - 0.5
+    assert -0.26 <= turn.min() < -0.22 and 0.22 < turn.max() <= 0.26
+    assert saturation.min() < 0.17 and saturation.max() > 0.65  # 0.4 before; contrast adds to it
+    # Blur: how much of a point's light stays at its place; for sigma 2 it is 4 %.
+    point = uniform(0, 0, 0).clone()
+    point[:, 16, 16] = 250
+    points = strong_views(point, 300)[:, 0].double()
+    share = points[:, 16, 16] / points.sum((1, 2))
+    assert (share == 1).double().mean().item() == pytest.approx(0.5, abs=0.15)
+    assert 0.03 < share.min() < 0.06
 
 
 def test_cutmix_boxes_have_the_published_distribution():
