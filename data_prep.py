@@ -42,22 +42,23 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 import numpy as np
-import open_clip
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torchvision.datasets import Cityscapes
-from torchvision.datasets.utils import check_integrity
-from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from tqdm import tqdm
 
+# torch, torchvision and open_clip take seconds to import, and a folder of your own pictures needs
+# none of them. So they are imported in the functions that use them.
+
 IGNORE = 255  # mask value of pixels that belong to no class
+
+
+class UserError(ValueError):
+    """A mistake in arguments or files. `main` prints it as one line and no traceback."""
 
 
 def require(ok, *problems: str) -> None:
     if not ok:
         more = (f"... and {len(problems) - 20} more",) * (len(problems) > 20)
-        raise ValueError("\n".join(problems[:20] + more))
+        raise UserError("\n".join(problems[:20] + more))
 
 
 def progress(iterable, title: str, **more) -> tqdm:
@@ -74,19 +75,11 @@ def progress(iterable, title: str, **more) -> tqdm:
 
 # The published data sets --------------------------------------------------------------------------
 
-# Of the 34 classes in the files of Cityscapes, 19 are trained; the others are ignored.
-TRAINED = [c for c in Cityscapes.classes if 0 <= c.train_id < IGNORE]
 CLASSES = {  # data set -> class names in the order of mask values, spelled as published
     "voc": (
         "background|aeroplane|bicycle|bird|boat|bottle|bus|car|cat|chair|cow|diningtable|dog|"
         "horse|motorbike|person|pottedplant|sheep|sofa|train|tvmonitor"
     ).split("|"),
-    "coco": ["background"]
-    + [
-        name
-        for name in MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]
-        if name != "N/A"
-    ],
     "ade20k": (
         "wall|building|sky|floor|tree|ceiling|road|bed|windowpane|grass|cabinet|sidewalk|"
         "person|earth|door|table|mountain|plant|curtain|chair|car|water|painting|sofa|shelf|house|"
@@ -103,8 +96,28 @@ CLASSES = {  # data set -> class names in the order of mask values, spelled as p
         "tray|ashcan|fan|pier|crt screen|plate|monitor|bulletin board|shower|radiator|glass|clock|"
         "flag"
     ).split("|"),
-    "cityscapes": [c.name for c in sorted(TRAINED, key=lambda c: c.train_id)],
 }
+
+
+def cityscapes_trained() -> list:
+    """Of the 34 classes in the files of Cityscapes, the 19 that are trained, in their order."""
+    from torchvision.datasets import Cityscapes
+
+    trained = [c for c in Cityscapes.classes if 0 <= c.train_id < IGNORE]
+    return sorted(trained, key=lambda c: c.train_id)
+
+
+def class_names(name: str) -> list[str]:
+    """The classes of a published set, in the order of mask values, spelled as published."""
+    if name == "cityscapes":
+        return [c.name for c in cityscapes_trained()]
+    if name == "coco":
+        from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+
+        things = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]
+        return ["background"] + [thing for thing in things if thing != "N/A"]
+    return CLASSES[name]
+
 
 Archive = namedtuple("Archive", "name size md5 urls")  # size in GB (about); MD5, if it is known
 ARCHIVES = {
@@ -198,8 +211,9 @@ LISTS = {  # file below our splits/ -> file below theirs, or None: made by ade20
 }
 
 
-def download(url: str, file: Path) -> None:
-    """Fetches a URL. What an earlier transfer left in FILE.part is continued, not fetched again."""
+def download(url: str, file: Path, md5: str | None = None) -> None:
+    """Fetches a URL. What an earlier transfer left in FILE.part is continued, not fetched again.
+    md5: of the whole, if it is known; `fetch` compares it."""
     part = file.with_name(file.name + ".part")
     while not file.exists():
         have = part.stat().st_size if part.exists() else 0
@@ -207,7 +221,13 @@ def download(url: str, file: Path) -> None:
         try:
             with urlopen(Request(url, headers=ask), timeout=60) as answer:
                 start = have if answer.status == 206 else 0  # some hosts send only the whole file
-                size = start + int(answer.headers.get("Content-Length") or 0)
+                length = answer.headers.get("Content-Length")
+                if not (length or md5 or getattr(answer, "chunked", False)):
+                    raise OSError(
+                        "the host does not say how long the file is, so part of it could "
+                        "pass for the whole"
+                    )
+                size = start + int(length or 0)
                 # Neither truncated nor opened to append: two processes that fetch it at the same
                 # time then write the same bytes at the same places, and that does no harm.
                 with (
@@ -231,10 +251,14 @@ def download(url: str, file: Path) -> None:
 
 def fetch(archive: Archive, downloads: Path) -> Path:
     """The file in `downloads`, from the first URL that serves it with the right MD5."""
+    from torchvision.datasets.utils import check_integrity
+
     file, failed = downloads / archive.name.replace("/", "-"), []
     for url in archive.urls:
         try:
-            download(url, file)  # nothing to do if an interrupted process has fetched it already
+            download(
+                url, file, archive.md5
+            )  # nothing to do if an interrupted process has fetched it already
             if check_integrity(file, archive.md5):
                 return file
             file.unlink()
@@ -269,7 +293,7 @@ def unpack(archive: Path, taken: dict[str, str], folder: Path) -> None:
                     if info.isfile() and (new := place(info.name)):
                         file.extract(info.replace(name=new, deep=False), folder, filter="data")
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{archive}: damaged ({str(error).splitlines()[0]}); remove it and start again"
         ) from None
 
@@ -279,7 +303,7 @@ def read_mask(file: Path) -> np.ndarray:
         with Image.open(file) as image:
             return np.array(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file.name}: not an image that can be read ({error})") from None
+        raise UserError(f"{file.name}: not an image that can be read ({error})") from None
 
 
 def change_masks(files: list[Path], table: np.ndarray) -> None:
@@ -330,7 +354,8 @@ def settle(name: str, folder: Path) -> None:
         reduce_ade20k(folder)
     elif name == "cityscapes":
         table = np.full(256, IGNORE, np.uint8)
-        table[[c.id for c in TRAINED]] = [c.train_id for c in TRAINED]
+        for c in cityscapes_trained():
+            table[c.id] = c.train_id
         change_masks(sorted(folder.glob("gtFine/*/*/*_labelIds.png")), table)
     if name == "voc":  # most of these masks are not in the archive; unlabelled images need none
         images = [line.split()[0] for line in train.read_text(encoding="utf-8").splitlines()]
@@ -342,7 +367,7 @@ def settle(name: str, folder: Path) -> None:
         }[name]
         images = sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern))
     train.write_text("\n".join(images), encoding="utf-8")
-    write_json(folder / "dataset.json", {"classes": CLASSES[name], "ignore_index": IGNORE})
+    write_json(folder / "dataset.json", {"classes": class_names(name), "ignore_index": IGNORE})
 
     counts, missing = dict(zip(("train.txt", "val.txt"), COUNTS[name])), set()
     for file in ("train.txt", *LISTS[name]):
@@ -728,23 +753,29 @@ CLIP_CONFIGS = {
 }
 
 
-def empty_clip(name: str) -> open_clip.CLIP:
-    """The CLIP of that name with random weights."""
+def empty_clip(name: str):
+    """The open_clip.CLIP of that name with random weights."""
+    import open_clip
+
     return open_clip.CLIP(**CLIP_CONFIGS[name])
 
 
-def random_crops(images: torch.Tensor, side: int) -> torch.Tensor:
+def random_crops(images, side: int):
     """[N, 3, H, H] -> [N, 3, side, side], each cut at its own random place."""
+    import torch
+
     corners = torch.randint(images.shape[-1] - side + 1, (2, len(images))).T.tolist()
     return torch.stack(
         [image[:, y : y + side, x : x + side] for image, (y, x) in zip(images, corners)]
     )
 
 
-def encode_mosaic(model: open_clip.CLIP, crops: torch.Tensor) -> torch.Tensor:
+def encode_mosaic(model, crops):
     """Crops [N, 3, t, t] -> their embeddings [N, E], encoded as tiles of common canvases. The
     embedding of a crop is the mean over its own patches. Attention spans the whole canvas, as it
     will span whole scenes later; the other crops have other captions, so it learns to be local."""
+    import torch.nn.functional as F
+
     side, per_row = crops.shape[-1], SCENE // crops.shape[-1]
     canvas = crops.reshape(-1, per_row, per_row, 3, side, side).permute(0, 3, 1, 4, 2, 5)
     canvas = canvas.reshape(-1, 3, SCENE, SCENE)
@@ -755,16 +786,21 @@ def encode_mosaic(model: open_clip.CLIP, crops: torch.Tensor) -> torch.Tensor:
     return tiles.permute(0, 2, 3, 1).flatten(0, 2) @ model.visual.proj
 
 
-def contrastive_loss(images, texts, caption, scale) -> torch.Tensor:
+def contrastive_loss(images, texts, caption, scale):
     """CLIP's loss for embeddings [N, E]; images with the same caption [N] share the target."""
+    import torch.nn.functional as F
+
     logits = scale * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
     same = (caption[:, None] == caption).float()
     target = same / same.sum(1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def pretrain_tiny_clip(images: list[Image.Image], captions: list[str]) -> open_clip.CLIP:
-    """Contrastive pre-training on images [60, 60] with one caption each."""
+def pretrain_tiny_clip(images: list[Image.Image], captions: list[str]):
+    """Contrastive pre-training on images [60, 60] with one caption each -> open_clip.CLIP."""
+    import open_clip
+    import torch
+
     images = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     images = images.permute(0, 3, 1, 2).contiguous()  # uint8 [N, 3, 60, 60]
     mean, std = (
@@ -806,6 +842,9 @@ def pretrain_tiny_clip(images: list[Image.Image], captions: list[str]) -> open_c
 
 def make_toy(folder: Path) -> None:
     """Scenes with masks, and a CLIP that open_clip.create_model("local-dir:FOLDER") loads."""
+    import open_clip
+    import torch
+
     print("making the toy world: scenes, then a tiny CLIP (once, a minute or two)", flush=True)
     painter = Painter("scenes 0")
     (folder / "splits").mkdir()
@@ -921,6 +960,8 @@ def count_pixels(file: Path) -> tuple[dict, dict] | str:
             require(colors, "over 4096 colours; export masks as flat areas with hard edges")
             values = np.unique(image, return_counts=True) if image.mode[0] != "R" else ()
             return dict(zip(*(part.tolist() for part in values))), {c: n for n, c in colors}
+    except MemoryError:  # the file is not to blame
+        raise
     except Exception as error:  # damaged files make Pillow raise almost anything
         return f"{file}: {error}"
 
@@ -1069,7 +1110,7 @@ def main(argv=None) -> int:
             path = prepare(name, root or "data", source)
             print(f"{path} is there already; nothing to do" if present else f"{path} is complete")
         return 0
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:  # all else is a bug, and keeps its traceback
         message, code = str(error), 2
     except KeyboardInterrupt:
         message, code = "interrupted" + "; what was fetched is kept" * (not own), 130
@@ -1078,6 +1119,7 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="replace")  # for names that a console cannot print
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's have not
+            stream.reconfigure(errors="replace")  # for names that a console cannot print
     sys.exit(main())

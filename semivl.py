@@ -37,14 +37,17 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import glob
 import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 from functools import lru_cache, partial
 from pathlib import Path
@@ -121,6 +124,8 @@ class Config:
             and not low.get(name, 0) <= value <= top.get(name, math.inf)
         ]
         require(not wrong, f"out of range: {', '.join(wrong)}")
+        for name, kind in Config.__annotations__.items():
+            require_one_of(name, getattr(self, name), *get_args(kind))
         require(self.batch % self.micro_batch == 0, "--micro-batch must divide --batch")
         require(self.stride <= self.crop, f"--stride {self.stride} is above --crop; 0 fits always")
 
@@ -167,26 +172,39 @@ PRESETS = {
 IGNORE = 255  # "no label" in every mask in memory, whatever value a folder's files have for it
 
 
+class UserError(ValueError):
+    """A mistake in settings or files. `main` prints it as one line and no traceback."""
+
+
 def require(condition, message: str) -> None:
-    """Raises ValueError(message) unless the condition holds; `main` prints it as one line."""
+    """Raises UserError(message) unless the condition holds."""
     if not condition:
-        raise ValueError(message)
+        raise UserError(message)
+
+
+def require_one_of(name: str, value, *allowed) -> None:
+    """Raises UserError if some values are `allowed` and the value is none of them."""
+    require(value in allowed or not allowed, f"{name} {value!r}: take {' or '.join(allowed)}")
 
 
 @contextlib.contextmanager
 def blame(what):
-    """Turns any error of its block into one ValueError that begins with `what`, mostly a file."""
+    """Turns any error of its block into a UserError that begins with `what`, mostly a file."""
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError):  # the file is not to blame
+        raise
+    except pickle.UnpicklingError:  # torch would advise to load it all the same
+        raise UserError(f"{what}: holds code, or is no file of torch.save as last.pt is") from None
     except Exception as error:  # PIL, json, torch and the network all raise what they like
         reason = (getattr(error, "strerror", None) or "").lower() or str(error) or repr(error)
-        raise ValueError(f"{what}: {' '.join(reason.split())[:300]}") from None
+        raise UserError(f"{what}: {' '.join(reason.split())[:300]}") from None
 
 
 # This process, and how many there are.
 RANK, WORLD = (
     (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    if dist.is_torchelastic_launched()
+    if dist.is_available() and dist.is_torchelastic_launched()
     else (0, 1)
 )
 TERMINAL = bool(sys.stderr) and sys.stderr.isatty()
@@ -249,6 +267,7 @@ def describe_classes(clip, classes: dict[str, list], *, decoder_text="names", de
     """classes: name -> concepts (without `definitions`: the name alone). Returns text (what the
     decoder reads: by_name, or for "mean" the mean concepts) and by_name, [N, E], concepts [K,
     E], class by class, all L2-normalised, and sizes: how many concepts each class has."""
+    require_one_of("decoder_text", decoder_text, "names", "mean")
     text = by_name = encode_text(clip, list(classes))
     groups = list(classes.values()) if definitions else [[name] for name in classes]
     concepts, sizes = encode_text(clip, sum(groups, [])), [len(group) for group in groups]
@@ -361,7 +380,7 @@ class DenseCLIP(nn.Module):
 def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
     """Sets what trains in the ViT: "spatial" (29.1 of 86.8 million parameters of ViT-B/16 at crop
     512), "all" or "none". To be called before `make_optimizer` and `frozen_copy`."""
-    require(mode in ("spatial", "all", "none"), f"mode {mode!r}: take spatial, all or none")
+    require_one_of("mode", mode, "spatial", "all", "none")
     for name, tensor in clip.named_parameters():
         spatial = ".attn." in name or name.endswith("positional_embedding")
         tensor.requires_grad_(mode == "all" or (mode == "spatial" and spatial))
@@ -734,7 +753,7 @@ class Folder:  # a data set on disk
                     pixels[title] = pixels.get(title, 0) + torch.cat([counts[:N], counts[-1:]])
                     with contextlib.suppress(Exception), Image.open(file) as image:
                         turned += image.getexif().get(0x0112) in range(2, 9)  # orientation
-            except ValueError as error:
+            except UserError as error:
                 problems.append(str(error))
         problems[20:] = [f"... and {len(problems) - 20} more"] * (len(problems) > 20)
         require(not problems, "\n".join(problems))
@@ -755,22 +774,36 @@ class Folder:  # a data set on disk
             say(f"note: {len(files)} images are {' and '.join(titles)}: {', '.join(files[:3])}")
 
 
+@contextlib.contextmanager
+def from_data_prep(what: str):
+    """The module data_prep, which `what` needs, and its refusals as ours."""
+    try:
+        import data_prep
+    except ModuleNotFoundError:
+        raise UserError(f"{what}: data_prep.py, which makes it, is not beside semivl.py") from None
+    try:
+        yield data_prep
+    except data_prep.UserError as error:
+        raise UserError(str(error)) from None
+
+
 def open_data(cfg: Config) -> Folder:
     """The folder behind --dataset; a named set is made if it is missing."""
     path = Path(cfg.root) / cfg.dataset if cfg.dataset in PRESETS else Path(cfg.dataset)
     if cfg.dataset in PRESETS and not path.exists():
         require(WORLD == 1, f"{path} is missing: first run python data_prep.py {cfg.dataset}")
-        import data_prep
-
-        data_prep.prepare(cfg.dataset, cfg.root)
+        with from_data_prep(f"--dataset {cfg.dataset}") as data_prep:
+            data_prep.prepare(cfg.dataset, cfg.root)
     packed = lambda v: int.from_bytes(bytes(v), "big") if isinstance(v, list) else v  # noqa: E731
     with blame(f"{path}/dataset.json (of the folder that --dataset names)"):
-        content = dict(classes=None, definitions={}, colors={})
+        content = dict(classes=None, definitions=None, colors={})
         content |= json.loads((path / "dataset.json").read_text("utf-8-sig"))
         names, colors = content["classes"], content["colors"]
         ignore = content.get("ignore_index", -1 if colors else IGNORE)  # -1 ignores nothing
         known = {str([*d]): d for d in DEFINITIONS.values()}  # same names, same definitions
-        concepts = content["definitions"] or known.get(str(names), {})
+        concepts = content["definitions"]
+        if concepts is None:  # {} switches the built-in ones off
+            concepts = known.get(str(names), {})
         require(
             all(
                 isinstance(words, list) and {*map(type, words)} == {str}
@@ -812,7 +845,12 @@ def draw_labelled(folder: Folder, count: int, seed: int) -> list[tuple]:
     if (folder.path / f"splits/{count}/labeled.txt").exists():
         return read_list(folder.path, f"{count}/labeled.txt", True)
     with_mask = [*dict(entry for entry in folder.train if entry[1]).items()]  # each image once
-    require(count <= len(with_mask), f"--labels {count}: only {len(with_mask)} images have masks")
+    listed = sorted(int(f.parent.name) for f in folder.path.glob("splits/[0-9]*/labeled.txt"))
+    told = f"; there are lists for {', '.join(map(str, listed))}" if listed else ""
+    require(
+        count <= len(with_mask),
+        f"--labels {count}: only {len(with_mask)} images of train.txt have masks{told}",
+    )
     shown = lru_cache(None)(lambda i: {*folder.mask(with_mask[i]).unique().tolist()} - {IGNORE})
     rng = np.random.default_rng(seed)
     draws = [rng.choice(len(with_mask), count, replace=False).tolist() for _ in range(100)]
@@ -973,7 +1011,7 @@ def consistency_loss(logits, label, confidence, padding, conf_thresh=0.95, weigh
     their number (not by the weights' sum, so an image with few confident pixels counts less).
     logits [B, N, H, W]; label (int64), confidence, padding (bool) [B, H, W]. Weights: "pixel", 1
     where confidence reaches conf_thresh, else 0; "mean", the (mixed) image's mean confidence."""
-    require(weighting in ("pixel", "mean"), "weighting: take pixel or mean")
+    require_one_of("weighting", weighting, "pixel", "mean")
     valid = ~padding
     loss = F.cross_entropy(logits, label, reduction="none")  # [B, H, W]
     weight = (confidence >= conf_thresh).float()  # [B, H, W]
@@ -1001,6 +1039,7 @@ def semivl_loss(
     """The formula above, as scalars: "x"; for each view "s1", "guidance_s1", ...; "total".
     logits: {"x": ..., "s1": ..., "s2": ..., "fp": ...}, [B, N, H, W] each. y: masks of x, int64 [B,
     H, W]. targets: view -> Targets, not for x; if {}, total is L_x. guidance_weight: lambda."""
+    require_one_of("weighting", weighting, "pixel", "mean")
     losses = {"x": supervised_loss(logits["x"], y)}
     L_sum = G_sum = 0.0
     for view, t in targets.items():
@@ -1017,7 +1056,7 @@ def semivl_loss(
 def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
     """Where windows start along a side of `size` pixels. "logits": one per stride, the last one
     moved back inside. "probabilities" (averaged on Cityscapes): the last ones are cut short."""
-    require(mode in ("logits", "probabilities"), "mode: take logits or probabilities")
+    require_one_of("mode", mode, "logits", "probabilities")
     if mode == "probabilities":
         return list(range(0, size, stride))
     last = max(size - window, 0)
@@ -1029,6 +1068,7 @@ def sliding_window(model, images, window: int, stride: int, mode: str = "logits"
     """Runs the model (images -> logits) on overlapping windows, as the ViT works best at the size
     of its training, and averages logits or probabilities. images [B, 3, H, W]; stride <= window,
     in pixels. Yields strips of complete rows, [B, N, rows, W]: memory may not hold all."""
+    require(stride <= window, f"stride {stride} is above the window's {window}: it leaves gaps")
     H, W = images.shape[2:]
     tops, lefts = window_starts(H, window, stride, mode), window_starts(W, window, stride, mode)
     total, count = None, images.new_zeros(H, W)
@@ -1046,14 +1086,29 @@ def sliding_window(model, images, window: int, stride: int, mode: str = "logits"
         total = F.pad(total[:, :, next_top - top :], (0, 0, 0, next_top - top))
 
 
+@contextlib.contextmanager
+def eval_mode(model):
+    """Puts a model into eval mode, and afterwards each of its modules into the mode it had."""
+    modules = [*model.modules()] if isinstance(model, nn.Module) else []  # else a function
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, mode in zip(modules, modes):
+            module.training = mode
+
+
 def segment(model, image: torch.Tensor, cfg: Config, device: torch.device) -> tuple:
-    """The authors' test protocol: uint8 image [3, H, W] -> class numbers (uint8) and the highest
-    probability (float32), [H, W] each. Memory is the reason for strips and groups of classes."""
+    """The authors' test protocol, in eval mode: uint8 image [3, H, W] -> class numbers (uint8) and
+    the highest probability (float32), [H, W] each. Memory is the reason for strips and groups of
+    classes."""
     H, W = image.shape[1:]
     if cfg.fit:  # the short side becomes as long as the window (less, if the image is a thin strip)
         scale = min(cfg.crop / min(H, W), 8 * cfg.crop / max(H, W))
         image = VF.resize(image, scaled_size(H, W, scale), antialias=True)
-    with autocast(cfg, device):
+    with autocast(cfg, device), eval_mode(model):
         stride = cfg.stride or 5 * cfg.crop // 6
         images = image[None].to(device) / 255  # [1, 3, ., .]
         strips = sliding_window(model, images, cfg.crop, stride, cfg.window_mode)
@@ -1112,16 +1167,22 @@ def sum_over_processes(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def pick_device(name: str) -> torch.device:
-    """For "auto" what torch finds (CUDA, MPS), else the CPU. Joins the other processes, if any."""
+    """For "auto" what torch finds (CUDA, MPS), else the CPU. Under torchrun each process takes the
+    GPU of its LOCAL_RANK."""
     with blame(f"--device {name}"):
         found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         device = torch.device(found if name == "auto" else name)
         if WORLD > 1 and device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)  # else each process would also open GPU 0
         torch.zeros(1, device=device).cpu()
+    return device
+
+
+def join_processes(device: torch.device) -> None:
+    """Waits for the other processes of torchrun, if there are any."""
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
 
 
 def autocast(cfg: Config, device: torch.device) -> torch.autocast:
@@ -1154,16 +1215,37 @@ def ignore_signals(_) -> None:
         os.setpgid(0, 0)
 
 
+def batches(loader: DataLoader):
+    """The batches of a loader. An error in one of its processes comes with that process's traceback
+    in front; a mistake in a file loses it."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"{error} (--workers 0 loads images without other processes)") from None
+
+
+def is_free(path: Path) -> bool:
+    """Whether a run may write there: nothing is there, or an empty folder."""
+    return not path.exists() or path.is_dir() and not any(path.iterdir())
+
+
 def new_run(cfg: Config, labelled: list) -> Path:
     """Makes the run's folder, with the list of labelled images and a copy of this file in it."""
     path = base = Path(cfg.out or f"runs/{Path(cfg.dataset).resolve().name}-{cfg.labels}")
     for number in range(2, 10**4):
         with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)  # of two runs that start at once, one takes the next name
+            # Of two runs that start at once, one takes the next name.
+            path.mkdir(parents=True, exist_ok=bool(cfg.out) and is_free(path))
             break
         require(not cfg.out, f"--out {path} exists")
         path = base.with_name(f"{base.name}-{number}")
-    (path / "labeled.txt").write_text("".join(f"{i}\t{m}\n" for i, m in labelled), encoding="utf-8")
+    if labelled:
+        lines = "".join(f"{image}\t{mask}\n" for image, mask in labelled)
+        (path / "labeled.txt").write_text(lines, encoding="utf-8")
     (path / "semivl.py").write_bytes(Path(__file__).read_bytes())
     return path
 
@@ -1202,13 +1284,21 @@ def train(  # noqa: C901
     """A whole run. folder: instead of --dataset. saved, log: last.pt and open log, to resume."""
     # 1. Device, data, CLIP and the words it reads, three networks, optimiser; resume.
     device, folder = pick_device(cfg.device), folder or open_data(cfg)
+    join_processes(device)
     cuda = device.type == "cuda"
-    require(RANK or saved or not cfg.out or not Path(cfg.out).exists(), f"--out {cfg.out} exists")
+    require(RANK or saved or not cfg.out or is_free(Path(cfg.out)), f"--out {cfg.out} exists")
     labelled = saved["labelled"] if saved else draw_labelled(folder, cfg.labels, cfg.seed)
     taken = {image for image, _ in labelled}
     unlabelled = [(image, None) for image, _ in folder.train if image not in taken]
     require(unlabelled or not cfg.unlabelled, "no image is left unlabelled: add --unlabelled off")
     require(cfg.batch % WORLD == 0, f"--batch {cfg.batch} cannot be shared by {WORLD} processes")
+    share = cfg.batch // WORLD  # images of a step for this process
+    require(
+        cfg.decoder == "language" or cfg.unlabelled or math.gcd(cfg.micro_batch, share) > 1,
+        "--decoder vision has batch norm, which needs two images in a forward: --micro-batch 2",
+    )
+    if cfg.unlabelled and share == 1:
+        say("note: each process has one unlabelled image a step: CutMix has no partner for it")
     require(
         not saved or [*saved["classes"].items()] == [*folder.classes.items()],
         f"{folder.path}: other classes than those that the run started with",
@@ -1220,7 +1310,9 @@ def train(  # noqa: C901
         f"{folder.path}: its lists or 'colors' "
         f"changed since the run started; add --dataset {cfg.dataset} to go on all the same",
     )
-    # The named sets were checked when they were made: of them, only what has a mask is opened.
+    torch.manual_seed(cfg.seed)
+    clip, clip_config = load_clip(cfg)  # first: its name may be wrong, and the check takes long
+    # Making a named set has shown that its files exist. Of them, only what has a mask is opened.
     folder.check(
         {
             "labelled": labelled,
@@ -1233,8 +1325,6 @@ def train(  # noqa: C901
     cfg = dataclasses.replace(
         cfg, steps=cfg.steps or cfg.epochs * max(1, len(unlabelled or labelled) // cfg.batch)
     )
-    torch.manual_seed(cfg.seed)
-    clip, clip_config = load_clip(cfg)
     text, by_name, concepts, sizes = describe_classes(
         clip, folder.classes, decoder_text=cfg.decoder_text, definitions=cfg.definitions
     )
@@ -1244,8 +1334,10 @@ def train(  # noqa: C901
     guidance = FrozenGuidance(frozen, concepts, sizes, cfg.guidance_conf_thresh).to(device)
     names_only = FrozenGuidance(frozen, by_name, [1] * len(by_name)).to(device)  # only to compare
     ema, optimizer = EMATeacher(student, cfg.ema), make_optimizer(student, cfg)
-    caption = "CLIP by definitions" if cfg.definitions else "CLIP by names"
-    compared = {caption: guidance, "SemiVL" if cfg.unlabelled else "labels only": ema.model}
+    defined = cfg.definitions and any(words != [name] for name, words in folder.classes.items())
+    caption = "CLIP by definitions" if defined else "CLIP by names"
+    trained = "SemiVL" if cfg.unlabelled else "labels only"
+    compared = {caption: guidance, trained: ema.model}
     parallel = nn.parallel.DistributedDataParallel(student) if WORLD > 1 else student
     stored = dict(student=student, model=ema.model, optimizer=optimizer)  # "model": the teacher
     state, out = dict(step=0, last=-1.0, best=-1.0), Path(cfg.out)  # last, best: validation mIoU
@@ -1292,16 +1384,19 @@ def train(  # noqa: C901
         pin_memory=cuda,
         worker_init_fn=ignore_signals,
     )
-    stop, times, clock = [], [], time.perf_counter()
+    stop, times, last_iou, clock = [], [], None, time.perf_counter()
+    if state["step"] >= cfg.steps:
+        say(f"the run has ended, after {state['step']} steps; a larger --steps would go on")
 
     def on_signal(number, _):
         stop.append(number)
         signal.signal(number, signal.default_int_handler)  # the second one ends the program at once
         say("stops after this step")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    may_handle = threading.current_thread() is threading.main_thread()
+    for number in (signal.SIGINT, signal.SIGTERM) if may_handle else ():
         signal.signal(number, on_signal)
-    for batch in progress(loader, "train", total=cfg.steps, initial=state["step"]):
+    for batch in progress(batches(loader), "train", total=cfg.steps, initial=state["step"]):
         # 2. Rates and the guidance weight.
         step, files = state["step"], batch.pop("files")
         batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
@@ -1366,7 +1461,8 @@ def train(  # noqa: C901
         line |= dict(step=step, seconds=times[-1])
         evaluate_now = step % math.ceil(cfg.steps / cfg.evals) == 0 or step == cfg.steps
         if evaluate_now:
-            state["last"] = float(evaluate(ema.model, folder, folder.val, cfg, device).nanmean())
+            last_iou = evaluate(ema.model, folder, folder.val, cfg, device)
+            state["last"] = float(last_iou.nanmean())
             say(
                 f"step {step}: loss {line['total']:.3f}, kept {line.get('kept', math.nan):.2f}, "
                 f"validation mIoU {state['last']:.1f}, {np.median(times[1:] or times):.3g} s/step"
@@ -1388,25 +1484,24 @@ def train(  # noqa: C901
             say(f"stopped after step {step}; go on by --resume {out}")
             raise KeyboardInterrupt
         clock = time.perf_counter()
-    for number in (signal.SIGINT, signal.SIGTERM):  # the table below may be interrupted at once
-        signal.signal(number, signal.default_int_handler)
-    report(
-        {"CLIP by names": names_only} | compared,
-        folder,
-        cfg,
-        device,
-        out,
-        val_last=state["last"],
-        val_best=state["best"],
-    )
+    for number in (signal.SIGINT, signal.SIGTERM) if may_handle else ():
+        signal.signal(number, signal.default_int_handler)  # the table may be interrupted at once
+    models = {"CLIP by names": names_only} | compared
+    known = {} if folder.test or last_iou is None else {trained: last_iou}
+    scores = dict(val_last=state["last"], val_best=state["best"])
+    report(models, folder, cfg, device, out, known, **scores)
 
 
-def report(models: dict, folder: Folder, cfg: Config, device, out=None, **more) -> None:
-    """IoU per class on the test images (or else validation), printed, and in OUT/result.json."""
+def report(models: dict, folder: Folder, cfg: Config, device, out=None, known=None, **more):
+    """IoU per class on the test images (or else validation), printed, and in OUT/result.json.
+    known: title -> IoU, of models that were evaluated on these images already."""
     split, entries = ("test", folder.test) if folder.test else ("val", folder.val)
     table, names = {}, [*folder.classes, "mIoU"]
+    known = known or {}
     for title, model in models.items():
-        iou = evaluate(model, folder, entries, cfg, device, split)
+        iou = known.get(title)
+        if iou is None:
+            iou = evaluate(model, folder, entries, cfg, device, split)
         table[title] = torch.cat([iou, iou.nanmean()[None]])
     if out and RANK == 0:
         more[split] = {title: dict(zip(names, iou.tolist())) for title, iou in table.items()}
@@ -1419,12 +1514,12 @@ def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
     """The CLIP that --clip, --clip-tag and --clip-weights name, and open_clip's config of it."""
     name, tag, weights = cfg.clip, cfg.clip_tag, cfg.clip_weights
     if toy := (name == "toy"):
-        import data_prep
-
-        name = name if weights else f"local-dir:{data_prep.prepare('toy', cfg.root)}"
+        with from_data_prep("--clip toy") as data_prep:
+            toy_config = data_prep.CLIP_CONFIGS["toy"]
+            name = name if weights else f"local-dir:{data_prep.prepare('toy', cfg.root)}"
     with blame(f"--clip {name}, {weights or tag} (or give --clip-weights FILE, or none)"):
         config = (
-            data_prep.CLIP_CONFIGS["toy"]
+            toy_config
             if toy and weights
             else (open_clip.get_model_config(name) or {"vision_cfg": {}})
         )
@@ -1600,10 +1695,22 @@ def save_sheet(file: Path, folder: Folder, models: dict, cfg: Config, device) ->
 
 
 # 13. Command line ---------------------------------------------------------------------------------
+def image_files(names: list[str]) -> list[str]:
+    """The names, with a folder or a wildcard replaced by the image files that are there."""
+    files, suffixes = [], Image.registered_extensions()
+    for name in names:
+        found = [] if Path(name).exists() else sorted(glob.glob(name))  # not every shell does that
+        if Path(name).is_dir():
+            found = sorted(str(f) for f in Path(name).iterdir() if f.suffix.lower() in suffixes)
+        files += found or [name]
+    return files
+
+
 def predict(checkpoint: str, images: list[str], typed: dict) -> None:
     """--predict: NAME-mask.png (class numbers, in colours) and NAME-overlay.png of each image."""
+    require(images, "--predict CKPT IMAGE ...: one of them is missing")
     model, cfg, classes = load_checkpoint(checkpoint, **typed)
-    device, problems = pick_device(cfg.device), [] if images else ["--predict CKPT: no IMAGE given"]
+    images, device, problems = image_files(images), pick_device(cfg.device), []
     out = Path(cfg.out or Path(checkpoint).parent / "predictions")
     out.mkdir(parents=True, exist_ok=True)
     for name in progress(images, "predict"):
@@ -1615,7 +1722,7 @@ def predict(checkpoint: str, images: list[str], typed: dict) -> None:
             Image.blend(VF.to_pil_image(image), mask.convert("RGB"), 0.55).save(overlay)
             mask.save(file)
             say(f"{file}: {', '.join([*classes][n] for n in label.unique())}")
-        except ValueError as error:  # the other images are predicted all the same
+        except UserError as error:  # the other images are predicted all the same
             problems.append(str(error))
     require(not problems, "\n".join(problems))
 
@@ -1663,10 +1770,13 @@ def parse_args(argv) -> tuple[argparse.Namespace, dict]:
 
 def main(argv=None) -> int:
     """Runs the command line; exit code 2 and one line for a user's mistake, 130 for Ctrl-C."""
+    handlers = {}  # those of a caller, in the only thread that may have handlers
+    if threading.current_thread() is threading.main_thread():
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         args, typed = parse_args(argv)
         allowed = {"device", "dataset", "root", "workers"}  # when a checkpoint has the settings
-        allowed |= {"out", "stride"} if args.resume is None else set()
+        allowed |= {"out", "stride"} if args.resume is None else {"steps"}
         wrong = [name for name in typed if name not in allowed]
         new = all(action is None for action in (args.resume, args.eval, args.predict))
         require(new or not wrong, f"not to be given here: {', '.join(wrong)}")
@@ -1684,12 +1794,14 @@ def main(argv=None) -> int:
         elif args.eval is not None:
             model, cfg, classes = load_checkpoint(args.eval, **typed)
             folder, device = open_data(cfg), pick_device(cfg.device)
+            join_processes(device)
             require([*folder.classes] == [*classes], f"{folder.path}: other classes")
             folder.check({"validation": folder.val, "test": folder.test})
             out = new_run(cfg, []) if cfg.out and RANK == 0 else None
             report({"SemiVL": model.to(device)}, folder, cfg, device, out)
         elif args.predict:
-            predict(args.predict[0], args.predict[1:], typed)
+            if RANK == 0:  # one process does all
+                predict(args.predict[0], args.predict[1:], typed)
         else:
             preset = PRESETS.get(typed.get("dataset", "toy"), {})
             cfg = Config(**preset | ({"steps": 0} if "epochs" in typed else {}) | typed)
@@ -1698,18 +1810,19 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("semivl.py: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
-        text = str(error).strip() + (" beside semivl.py" if "'data_prep'" in str(error) else "")
-        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
-            text = "out of memory: try --micro-batch 1, --recompute on, a smaller crop, or the CPU"
-        elif isinstance(error, RuntimeError) and "DataLoader worker" not in text:
-            raise
-        # An error of a loader process comes with that process's traceback in front.
-        print(f"semivl.py: {text.rpartition('ValueError: ')[2]}", file=sys.stderr)
+    except (UserError, OSError) as error:  # all else is a bug, and keeps its traceback
+        print(f"semivl.py: {error}", file=sys.stderr)
         return 2
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:  # None: not installed by Python
+                signal.signal(number, handler)
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="replace", line_buffering=True)  # for names a console lacks
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's have not
+            stream.reconfigure(errors="replace", line_buffering=True)  # for names a console lacks
     sys.exit(main())

@@ -226,6 +226,11 @@ def pixels(seed=7, shape=(2, 3, 128, 128)) -> torch.Tensor:
     return random_normal(seed, shape) * std + mean
 
 
+def drop_odd_channels(features, p=0.5):
+    """Feature dropout without chance."""
+    return 2 * features * (torch.arange(features.shape[1]) % 2 == 0)[:, None, None]
+
+
 def assert_golden(prefix="", atol=1e-5, **arrays):
     for name, array in arrays.items():
         flat, expected = array.detach().flatten().double(), ARRAYS[prefix + name]
@@ -285,10 +290,7 @@ def test_guidance_labels_equal_the_authors(authors, conf, counts, grid):
 
 @pytest.mark.parametrize("conf, factor, known, norms", STEPS)
 def test_losses_and_gradients_of_a_step_equal_the_authors(conf, factor, known, norms, monkeypatch):
-    # Feature dropout without chance: channels of odd index go, the others double.
-    monkeypatch.setattr(
-        F, "dropout2d", lambda f, p: 2 * f * (torch.arange(f.shape[1]) % 2 == 0)[:, None, None]
-    )
+    monkeypatch.setattr(F, "dropout2d", drop_odd_channels)
     student = authors_model(factor=factor)
     guidance = semivl.FrozenGuidance(semivl.frozen_copy(student.clip), *CONCEPTS, 0.7)
     x, w, s1, s2 = map(pixels, (11, 12, 13, 14))
@@ -417,7 +419,7 @@ def test_windows_stride_as_the_authors_do():
 def test_definitions_are_the_published_ones(name, digest):
     pairs = json.dumps([[name, concepts] for name, concepts in semivl.DEFINITIONS[name].items()])
     assert hashlib.sha256(pairs.encode()).hexdigest().startswith(digest)
-    assert [*semivl.DEFINITIONS[name]] == data_prep.CLASSES[name]
+    assert [*semivl.DEFINITIONS[name]] == data_prep.class_names(name)
 
 
 def test_lists_of_ade20k_are_the_published_ones():
@@ -946,7 +948,7 @@ def test_cutmix_boxes_have_the_published_distribution():
 # Runs ---------------------------------------------------------------------------------------------
 TINY = (
     "--clip toy --clip-weights none --crop 32 --fit off --stride 32 --batch 2 --micro-batch 2 "
-    "--workers 0 --conf 0.1 --guidance-conf 0.1 --lr 1e-3 --vit-lr 1e-3 --device cpu "
+    "--workers 0 --conf 0.1 --guidance-conf 0.1 --lr 1e-3 --vit-lr 5e-4 --device cpu "
     "--labels 2 --steps 4 --evals 1"
 ).split()
 LONG = "--steps 12 --evals 3 --save-every 3".split()
@@ -963,11 +965,15 @@ def logged(out: Path) -> list[dict]:
 
 
 def assert_resumes_to(whole: Path, out: Path):
-    """The same weights, averaged weights and moments of the optimiser, bit for bit."""
     assert semivl.main(["--resume", str(out)]) == 0
+    assert_equal_runs(whole, out)
+
+
+def assert_equal_runs(*runs: Path):
+    """The same weights, averaged weights and moments of the optimiser, bit for bit."""
     one, other = (
         [content["student"], content["model"], content["optimizer"]["state"]]
-        for content in (semivl.load_file(path / "last.pt") for path in (whole, out))
+        for content in (semivl.load_file(path / "last.pt") for path in runs)
     )
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
@@ -1000,6 +1006,120 @@ def test_a_third_strong_view_is_one_more_key(folder, tmp_path, monkeypatch):
         )
         G *= 0.1 * (1 - (line["step"] - 1) / 2)
         assert line["total"] == pytest.approx((line["x"] + L) / 2 + G, rel=1e-5)
+
+
+def test_every_view_is_trained_with_the_targets_of_its_pixels(folder, tmp_path, monkeypatch):
+    # Here the pixels of w determine its targets, and strong views change no colour. So the pixels
+    # of each view, also those that CutMix has pasted, must go with the targets of that view.
+    def targets_of(w, padding):
+        red, green, blue = (255 * w).round().long().unbind(1)
+        return Targets(red % 6, green / 255, padding, blue % 6)
+
+    student_saw, pasted = [], []
+
+    def forward(self, images, num_perturbed=0, old=semivl.SemiVL.forward):
+        student_saw.append((images, num_perturbed) if self.training else None)
+        return old(self, images, num_perturbed)
+
+    def loss(logits, y, targets, *more, old=semivl.semivl_loss):
+        images, num_perturbed = student_saw[-1]
+        assert [*logits] == ["x", "s1", "s2", "fp"] and num_perturbed == len(y) == 2
+        views = dict(zip(logits, images.split(2), strict=True))
+        for view, known in targets.items():
+            padding = (views[view] == 0).all(1)
+            assert all(map(torch.equal, known, targets_of(views[view], padding)))
+        pasted.append((views["s1"] != views["fp"]).any() or (views["s2"] != views["fp"]).any())
+        return old(logits, y, targets, *more)
+
+    monkeypatch.setattr(semivl, "make_targets", lambda _, __, w, padding: targets_of(w, padding))
+    monkeypatch.setattr(semivl.SemiVL, "forward", forward)
+    monkeypatch.setattr(semivl, "semivl_loss", loss)
+    for view in semivl.STRONG_VIEWS:
+        monkeypatch.setitem(semivl.STRONG_VIEWS, view, lambda w: w.clone())
+    assert run(folder, tmp_path / "run", "--batch", 4, "--crop", 48) == 0
+    assert len(pasted) == 8 and any(pasted)  # two micro-batches in each of four steps
+
+
+def test_the_last_images_of_a_batch_lose_half_of_their_channels(monkeypatch):
+    model, images, dropped = tiny_model().eval(), torch.rand(4, 3, 64, 64), []
+
+    def dropout2d(features, p):
+        dropped.append((*features.shape[:2], p))
+        return features * 0
+
+    monkeypatch.setattr(F, "dropout2d", dropout2d)
+    plain, perturbed = model(images), model(images, num_perturbed=1)
+    assert dropped == [(1, 64, 0.5), (1, 96, 0.5), (1, 96, 0.5)]  # embedding, two skips
+    torch.testing.assert_close(perturbed[:3], plain[:3], rtol=0, atol=1e-5)
+    assert not torch.allclose(perturbed[3:], plain[3:], rtol=0, atol=1e-2)
+
+
+def test_bf16_changes_losses_by_little_and_similarities_not_at_all(folder, tmp_path):
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / precision
+        assert run(folder, out, "--steps", 1, "--conf", 0, "--precision", precision) == 0
+        losses[precision] = logged(out)[0]
+    assert losses["bf16"] != losses["fp32"]
+    for name in LOSSES[:4] + ["total"]:
+        assert losses["bf16"][name] == pytest.approx(losses["fp32"][name], rel=0.02), name
+    dense, text = random_normal(1, (1, 64, 4, 4)).bfloat16(), random_normal(2, (5, 64))
+    known = semivl.cosine_maps(dense.float(), text)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(semivl.cosine_maps(dense, text), known)
+
+
+def test_rates_follow_the_schedule_in_both_groups(whole):
+    rates = [line["lr"] for line in logged(whole)]
+    for step, rest in ((0, 1), (1, 1), (6, 7 / 12), (11, 2 / 12)):
+        assert rates[step] == pytest.approx([1e-3 * rest**0.9, 5e-4 * rest**0.9])
+
+
+def test_epochs_are_passes_over_the_unlabelled_images(folder, tmp_path):
+    options = "--steps 0 --epochs 2 --labels 1 --batch 1 --micro-batch 1".split()
+    assert run(folder, tmp_path / "run", *options) == 0
+    assert len(logged(tmp_path / "run")) == 2 * 3
+
+
+def make_patterns(path: Path) -> Path:
+    """Three classes, which are patterns. In the training images each class also has its colour;
+    in the validation images colours are drawn. One image is labelled, seven are not."""
+    rng, (y, x) = np.random.default_rng(0), np.indices((64, 64))
+    colours = np.array([[200, 60, 60], [60, 190, 60], [60, 60, 200]])
+    for name in ("images", "masks"):
+        (path / name).mkdir(parents=True)
+
+    def quarters(numbers):
+        return numbers.reshape(2, 2).repeat(32, 0).repeat(32, 1)  # [64, 64]
+
+    for i in range(16):
+        mask = quarters(rng.permutation(4) % 3)
+        colour = mask if i < 8 else quarters(rng.integers(3, size=4))
+        light = np.choose(mask, [1 + 0 * x, x // 4 % 2, y // 4 % 2])  # plain, two kinds of stripes
+        image = colours[colour] * (0.3 + 0.7 * light[..., None]) + rng.normal(0, 8, (64, 64, 3))
+        Image.fromarray(np.uint8(image.clip(0, 255))).save(path / f"images/{i}.png")
+        Image.fromarray(np.uint8(mask)).save(path / f"masks/{i}.png")
+    classes = {"classes": ["plain", "upright", "level"]}
+    save(path, {"dataset.json": json.dumps(classes).encode()})
+    save(path / "splits/1", {"labeled.txt": pairs(0)})
+    save(path / "splits", {"train.txt": pairs(*range(8)), "val.txt": pairs(*range(8, 16))})
+    return path
+
+
+def test_unlabelled_images_teach_what_one_mask_cannot(tmp_path):
+    # From the mask alone colour and pattern explain the classes equally well. Unlabelled images are
+    # recoloured at random, so only the pattern is consistent.
+    folder, miou = make_patterns(tmp_path / "patterns"), {}
+    options = (
+        "--labels 1 --crop 64 --scale-min 1 --scale-max 1 --decoder vision --finetune all "
+        "--guidance 0 --ema 0.9 --conf 0.5 --vit-lr 1e-3 --steps 100"
+    ).split()
+    for unlabelled in ("off", "on"):
+        out = tmp_path / unlabelled
+        assert run(folder, out, *options, "--unlabelled", unlabelled) == 0
+        result = json.loads((out / "result.json").read_text())
+        miou[unlabelled] = result["val_last"]
+    assert miou["on"] > miou["off"] + 20
 
 
 def test_micro_batches_accumulate_to_the_whole_batch(folder, tmp_path, monkeypatch):
@@ -1111,51 +1231,85 @@ def test_json_has_no_nan_and_a_log_file_gets_lines(folder, tmp_path, monkeypatch
     assert "train: 4 of 4\n" in capsys.readouterr().err
 
 
-def torchrun(*command):
-    start = "-m torch.distributed.run --standalone --nproc-per-node=2".split()
+def start(processes: int, *command) -> str:
+    """Runs a script of Python, by torchrun if there are several processes; what it printed."""
+    several = f"-m torch.distributed.run --standalone --nproc-per-node={processes}".split()
+    command = [sys.executable, *several * (processes > 1), *map(str, command)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(semivl.__file__).parent)}
-    return subprocess.Popen(
-        [sys.executable, *start, *map(str, command)],
-        text=True,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    done = subprocess.run(command, text=True, env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_two_processes_end_with_weights_that_one_evaluates_to_the_same_miou(folder, tmp_path):
-    save(folder / "splits", {"val.txt": pairs(3, 4, 5)})  # shared unevenly
-    spy = tmp_path / "spy.py"  # each process leaves its own student
-    spy.write_text(
-        "import os, sys, semivl, torch\n"
-        "def keep(self, student, step, update=semivl.EMATeacher.update):\n"
-        "    update(self, student, step)\n"
-        "    torch.save([student.state_dict(), self.model.state_dict()],\n"
-        "               sys.argv[-1] + os.environ['RANK'])\n"
-        "semivl.EMATeacher.update = keep\nsys.exit(semivl.main())\n"
-    )
-    both = torchrun(
-        spy,
-        "--dataset",
-        folder,
-        *TINY,
-        "--batch",
-        4,
-        "--steps",
-        5,
-        "--decoder",
-        "vision",
-        "--out",
-        tmp_path / "two",
-    )
-    said, error = both.communicate()
-    assert both.returncode == 0 and said.count("writes to") == 1, error  # one speaks for all
-    states = [torch.load(f"{tmp_path}/two{rank}") for rank in (0, 1)]
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A run of two processes, each of which leaves its student and teacher as `two0` and `two1`;
+    two-killed is the run's folder as a kill in the third step would have left it."""
+    path = tmp_path_factory.mktemp("two")
+    save(make_folder(path / "images") / "splits", {"val.txt": pairs(3, 4, 5)})  # shared unevenly
+    spy = path / "spy.py"
+    spy.write_text("""
+import os, shutil, sys, semivl, torch
+out, rank = sys.argv[-1], os.environ["RANK"]
+def update(self, student, step, old=semivl.EMATeacher.update):
+    old(self, student, step)
+    torch.save([student.state_dict(), self.model.state_dict()], out + rank)
+    if step == 2 and rank == "0":
+        shutil.copytree(out, out + "-killed")
+semivl.EMATeacher.update = update
+code = semivl.main()
+assert not torch.distributed.is_initialized()
+sys.exit(code)
+""")
+    options = "--batch 4 --steps 5 --save-every 2 --decoder vision --out".split()
+    said = start(2, spy, "--dataset", path / "images", *TINY, *options, path / "two")
+    assert said.count("writes to") == 1  # one speaks for all
+    return path
+
+
+def test_two_processes_end_with_weights_that_one_evaluates_to_the_same_miou(two):
+    states = [torch.load(f"{two}/two{rank}") for rank in (0, 1)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
-    (model, cfg, _), data = semivl.load_checkpoint(tmp_path / "two/last.pt"), open_folder(folder)
+    (model, cfg, _), data = semivl.load_checkpoint(two / "two/last.pt"), open_folder(two / "images")
     miou = semivl.evaluate(model, data, data.val, cfg, torch.device("cpu")).nanmean().item()
-    result = json.loads((tmp_path / "two/result.json").read_text())
+    result = json.loads((two / "two/result.json").read_text())
     assert result["val"]["SemiVL"]["mIoU"] == pytest.approx(miou, abs=1e-4)
+
+
+def test_two_processes_go_on_to_the_same_weights_after_a_kill(two):
+    killed = two / "two-killed"
+    assert semivl.load_file(killed / "last.pt")["step"] == 2
+    start(2, semivl.__file__, "--resume", killed, "--device", "cpu")
+    assert_equal_runs(two / "two", killed)
+
+
+def test_two_processes_have_the_gradients_of_one(folder, tmp_path):
+    # CutMix takes its partner from the images of a process, in reverse order. Two processes share
+    # four images as 0, 2 and 1, 3; in the order 0, 1, 3, 2 one process has the same partners.
+    spy = tmp_path / "spy.py"
+    spy.write_text("""
+import os, sys, semivl, test_semivl, torch
+torch.nn.functional.dropout2d = test_semivl.drop_odd_channels
+def step(self):
+    gradients = [p.grad for group in self.param_groups for p in group["params"]]
+    torch.save(gradients, sys.argv[-1] + os.environ.get("RANK", "0"))
+def item(self, i, old=semivl.TrainingSet.__getitem__):
+    return old(self, {2: 3, 3: 2}.get(i, i))
+torch.optim.AdamW.step = step
+if "RANK" not in os.environ:
+    semivl.TrainingSet.__getitem__ = item
+sys.exit(semivl.main())
+""")
+    options = "--batch 4 --micro-batch 1 --steps 1 --crop 48 --out".split()
+    for processes, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):
+        start(processes, spy, "--dataset", folder, *TINY, *options, out)
+    one, both, other = (torch.load(f"{tmp_path}/{name}") for name in ("one0", "two0", "two1"))
+    torch.testing.assert_close(both, other, rtol=0, atol=0)
+    assert max(gradient.abs().max() for gradient in one) > 1e-3
+    torch.testing.assert_close(one, both, rtol=1e-5, atol=1e-8)
+    losses, shared = (logged(tmp_path / name)[0] for name in ("one", "two"))
+    assert [losses[name] for name in LOSSES] == pytest.approx([shared[name] for name in LOSSES])
+    assert losses["guidance_s1"] > 0 and losses["s1"] > 0
 
 
 def test_semivl_alone_in_an_empty_folder_trains_resumes_evaluates_and_predicts(tmp_path):
@@ -1185,7 +1339,7 @@ def test_semivl_alone_in_an_empty_folder_trains_resumes_evaluates_and_predicts(t
     result = json.loads((alone / "runs/pictures-2/result.json").read_text("utf-8"))
     assert "天空" in result["val"]["SemiVL"]
     done = subprocess.run([sys.executable, "semivl.py"], **how)
-    assert done.returncode == 2 and done.stderr.startswith("semivl.py: No module named 'data_prep'")
+    assert done.returncode == 2 and "data_prep.py, which makes it, is not" in done.stderr
 
 
 def test_the_benchmark_measures_training_steps(capsys):
@@ -1487,7 +1641,7 @@ def test_published_sets_are_made_of_archives(name, spelling, host, monkeypatch, 
     assert {path.name for path in tmp_path.glob("downloads/*")} == set(kept)  # the user's own stay
     assert {path.name for path in tmp_path.iterdir()} - {"downloads"} == {name}
     assert not list(tmp_path.rglob("*no*.[jp][pn]g"))
-    made, classes = tmp_path / name, data_prep.CLASSES[name]
+    made, classes = tmp_path / name, data_prep.class_names(name)
     assert first_mask(made) == mask and len((made / "splits/train.txt").read_text().split()) == 3
     assert len((made / "splits/2/labeled.txt").read_text().splitlines()) == 2
     assert json.loads((made / "dataset.json").read_text())["classes"] == classes
