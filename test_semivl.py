@@ -26,10 +26,12 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import open_clip
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -477,9 +479,35 @@ def test_what_would_be_computed_wrongly_is_refused():
         (semivl.spatial_fine_tuning, visual, "Spatial"),
         (semivl.window_starts, 1, 1, 1, "logit"),
         (semivl.consistency_loss, *[None] * 5, "pixels"),
+        (semivl.semivl_loss, {}, None, {}, 0.1, 0.95, "Mean"),
+        (semivl.sliding_window, None, torch.zeros(1, 3, 9, 9), 4, 5),
     ):
         with pytest.raises(ValueError):
-            function(*arguments)
+            [*(function(*arguments) or ())]  # a generator starts when it is asked
+    with pytest.raises(ValueError):
+        semivl.describe_classes(None, {}, decoder_text="Mean")
+
+
+MODES = {name: get_args(kind) for name, kind in Config.__annotations__.items() if get_args(kind)}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_misspelt_mode_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} 'Mean': take {MODES[name][0]} or "):
+        Config(**{name: "Mean"})
+
+
+def test_segment_works_in_eval_mode_and_puts_back_the_modes():
+    model, seen = tiny_model(decoder="vision").train(), []
+    model.clip.eval()
+    modes = [module.training for module in model.modules()]
+    model.register_forward_pre_hook(
+        lambda *_: seen.append(any(module.training for module in model.modules()))
+    )
+    image = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    semivl.segment(model, image, Config(crop=32), torch.device("cpu"))
+    assert seen and not any(seen)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_definitions_average_for_the_decoder_and_stand_apart_for_guidance():
@@ -551,6 +579,34 @@ def test_deeplab_reads_the_deep_skip_beside_the_embedding():
         *((512, 64, k, d) for k, d in ((1, 1), (3, 6), (3, 12), (3, 18), (1, 1))),
         *((320, 64, 1, 1), (768, 48, 1, 1), (112, 256, 3, 1), (256, 256, 3, 1), (256, 21, 1, 1)),
     ]
+
+
+def assert_loaded_whole_or_refused(load, state: dict, file: Path):
+    """load(FILE) gives the tensors of a file, and refuses one with a tensor less."""
+    write = safetensors.torch.save_file if file.suffix == ".safetensors" else torch.save
+    write(state, file)
+    loaded = load(str(file)).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.items())
+    first, *others = loaded
+    write({name: state[name] for name in others}, file)
+    with pytest.raises(ValueError, match=file.name):
+        load(str(file))
+
+
+@pytest.mark.parametrize("name", ["clip.pt", "clip.safetensors"])
+def test_a_file_of_clip_weights_is_loaded_whole_or_refused(name, tmp_path):
+    def load(file):
+        return semivl.load_clip(Config(clip="toy", clip_weights=file))[0]
+
+    assert_loaded_whole_or_refused(load, data_prep.empty_clip("toy").state_dict(), tmp_path / name)
+
+
+def test_a_file_of_stem_weights_is_loaded_whole_or_refused(tmp_path):
+    state = semivl.resnet_stem("none")[1].state_dict()
+    whole = state | {"layer2.0.conv1.weight": torch.ones(1)}  # the file holds the whole ResNet
+    assert_loaded_whole_or_refused(
+        lambda file: semivl.resnet_stem(file)[1], whole, tmp_path / "resnet.pt"
+    )
 
 
 def test_torchscript_is_loaded_only_if_it_is_openais_own(tmp_path, monkeypatch):
@@ -995,6 +1051,110 @@ def test_a_run_moves_what_trains_and_nothing_else(folder, tmp_path):
     }
 
 
+def test_definitions_are_compared_where_there_are_some_and_nothing_twice(
+    folder, tmp_path, monkeypatch, capsys
+):
+    evaluated = []
+
+    def evaluate(model, folder, entries, *more, old=semivl.evaluate):
+        evaluated.append(type(model).__name__)
+        return old(model, folder, entries, *more)
+
+    monkeypatch.setattr(semivl, "evaluate", evaluate)
+    for definitions, models in (({"car": ["car", "van"]}, 2), ({}, 1)):
+        open_folder(folder, definitions=definitions)
+        (tmp_path / str(models)).mkdir()  # an empty folder is taken
+        assert run(folder, tmp_path / str(models)) == 0
+        # Frozen CLIP before training and for the table; SemiVL after the last step only.
+        assert evaluated.count("SemiVL") == 1 and evaluated.count("FrozenGuidance") == 2 * models
+        evaluated.clear()
+        said = capsys.readouterr().out
+        assert "by names" in said and ("by definitions" in said) == (models == 2)
+        result = json.loads((tmp_path / f"{models}/result.json").read_text())
+        assert result["val"]["SemiVL"]["mIoU"] == pytest.approx(result["val_last"])
+
+
+def test_definitions_of_a_folder_come_before_the_built_in_ones(folder):
+    names = [*semivl.DEFINITIONS["voc"]]
+    content = json.loads((folder / "dataset.json").read_text())
+    del content["definitions"]
+    (folder / "dataset.json").write_text(json.dumps(content))
+    assert open_folder(folder, classes=names).classes == semivl.DEFINITIONS["voc"]
+    alone = {name: [name] for name in names}
+    assert open_folder(folder, definitions={}).classes == alone
+    mine = open_folder(folder, definitions={"car": ["van"]}).classes
+    assert mine == alone | {"car": ["van"]}
+
+
+def test_one_image_a_process_has_no_partner_for_cutmix_and_this_is_said(folder, tmp_path, capsys):
+    for batch, told in ((1, True), (2, False)):
+        options = ["--batch", batch, "--micro-batch", 1, "--steps", 1]
+        assert run(folder, tmp_path / str(batch), *options) == 0
+        assert ("note: each process has one" in capsys.readouterr().out) == told
+
+
+def test_a_run_in_a_thread_and_a_run_that_fails_leave_signals_to_the_caller(folder, tmp_path):
+    numbers, codes = (signal.SIGINT, signal.SIGTERM), []
+    before = [*map(signal.getsignal, numbers)]
+    thread = threading.Thread(target=lambda: codes.append(run(folder, tmp_path / "thread")))
+    thread.start()
+    thread.join()
+    codes.append(run(folder, tmp_path / "fails", "--lr", "1e30", "--steps", 50))
+    assert codes == [0, 2] and [*map(signal.getsignal, numbers)] == before
+
+
+def test_both_programs_run_in_a_notebook_and_without_distributed(folder, tmp_path):
+    cell = tmp_path / "cell.py"
+    cell.write_text("""
+import runpy, sys, torch.distributed
+class Stream:  # what a notebook has in the place of a stream
+    def __init__(self, real):
+        self.write, self.flush = real.write, real.flush
+    def isatty(self):
+        return False
+sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+del torch.distributed.is_torchelastic_launched, torch.distributed.is_initialized
+torch.distributed.is_available = lambda: False
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+    start(1, cell, semivl.__file__, "--dataset", folder, *TINY, "--out", tmp_path / "run")
+    options = ["--images", folder / "images", "--masks", folder / "masks", "--classes"]
+    start(1, cell, data_prep.__file__, tmp_path / "new", *options, ",".join(CLASSES))
+
+
+def test_a_run_that_has_ended_says_so_and_goes_on_to_more_steps(whole, tmp_path, capsys):
+    ended = shutil.copytree(whole, tmp_path / "ended")
+    assert_resumes_to(whole, ended)
+    assert "the run has ended, after 12 steps" in capsys.readouterr().out
+    assert semivl.main(["--resume", str(ended), "--steps", "14"]) == 0
+    assert semivl.load_file(ended / "last.pt")["step"] == len(logged(ended)) == 14
+
+
+def test_a_bug_keeps_its_traceback(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(semivl, "make_optimizer", lambda *_: {}["a bug"])
+    with pytest.raises(KeyError, match="a bug"):
+        run(folder, tmp_path / "run")
+    for bug in (MemoryError, torch.OutOfMemoryError):  # not the fault of the file
+        with pytest.raises(bug), semivl.blame("a.png"):
+            raise bug
+
+
+def test_each_process_takes_its_own_gpu_first(monkeypatch):
+    taken = []
+    monkeypatch.setattr(semivl, "WORLD", 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: taken.append("memory") or torch.ones(1))
+    assert semivl.pick_device("cuda") == torch.device("cuda:1")
+    assert taken == [torch.device("cuda:1"), "memory"]
+
+
+def test_clip_is_looked_at_before_the_images(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(semivl.Folder, "check", lambda *_: pytest.fail("opened"))
+    assert run(folder, tmp_path / "run", "--clip", "ViT-Z") == 2
+
+
 def test_a_third_strong_view_is_one_more_key(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(semivl.STRONG_VIEWS, "s3", lambda w: 255 - w)
     assert run(folder, tmp_path / "run", "--steps", 2) == 0
@@ -1283,6 +1443,13 @@ def test_two_processes_go_on_to_the_same_weights_after_a_kill(two):
     assert_equal_runs(two / "two", killed)
 
 
+def test_only_one_of_two_processes_predicts(two):
+    options = ["--out", two / "predictions", "--device", "cpu"]
+    predict = ["--predict", two / "two/last.pt", two / "images/images/0.png"]
+    assert start(2, semivl.__file__, *options, *predict).count("0-mask.png") == 1
+    assert len([*(two / "predictions").iterdir()]) == 2
+
+
 def test_two_processes_have_the_gradients_of_one(folder, tmp_path):
     # CutMix takes its partner from the images of a process, in reverse order. Two processes share
     # four images as 0, 2 and 1, 3; in the order 0, 1, 3, 2 one process has the same partners.
@@ -1361,6 +1528,21 @@ def test_predictions_are_not_overwritten_and_have_the_size_of_the_image(whole, t
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
+def test_folders_and_wildcards_are_predicted(whole, tmp_path):
+    images = whole.parent / "images/images"
+    (images / "notes.txt").write_text("no image")
+    for named, out in ((images, tmp_path / "a"), (images / "[0-5]*", tmp_path / "b")):
+        command = ["--predict", str(whole / "last.pt"), str(named), "--out", str(out)]
+        assert semivl.main(command) == 0
+        assert len([*out.glob("*-mask.png")]) == 6
+
+
+def test_eval_writes_what_a_run_has_and_no_empty_list(whole, tmp_path):
+    command = ["--eval", str(whole / "last.pt"), "--out", str(tmp_path / "out")]
+    assert semivl.main(command) == 0
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"semivl.py", "result.json"}
+
+
 # Mistakes end in one line, and nothing is left behind ---------------------------------------------
 class Malicious:
     def __reduce__(self):
@@ -1406,6 +1588,10 @@ MISTAKES = {  # what is wrong -> (file, content or picture; or options), words o
     "a width without an eighth": "--decoder-channels 12 | multiple of 8",
     "a crop below the patch": "--crop 7 --stride 7 | patch",
     "no such checkpoint": "--eval nowhere.pt | no such file",
+    "a picture for a checkpoint": "--eval images/0.png | images/0.png: holds code, or is no file",
+    "no checkpoint to predict with": "--predict images/0.png images/1.png | images/0.png: holds",
+    "no image to predict": "--predict images/0.png | one of them is missing",
+    "batch norm of one image": "--decoder vision --unlabelled off --micro-batch 1 | batch norm",
     "a folder for a checkpoint": "--eval masks | is a directory",
     "a file for a run": "--resume dataset.json | not a run's folder",
     "an output folder that is taken": "--out splits | splits",
@@ -1419,7 +1605,8 @@ def test_a_mistake_ends_with_one_line_and_exit_code_2(what, folder, capsys, monk
     mistake, options = MISTAKES[what], ["--dataset", ".", *TINY]
     if isinstance(mistake, str):
         mistake, words = mistake.split(" | ")
-        options = options * (mistake[:5] not in ("--eva", "--res")) + mistake.split()
+        whole = mistake[:5] in ("--eva", "--res", "--pre")  # else one more option of a run
+        options = options * (not whole) + mistake.split()
     else:
         file, content, words = mistake
         if isinstance(content, Image.Image):
@@ -1432,6 +1619,7 @@ def test_a_mistake_ends_with_one_line_and_exit_code_2(what, folder, capsys, monk
     said = capsys.readouterr()
     assert said.err.startswith("semivl.py: ") and len(said.err.splitlines()) == 1
     assert words in said.err and "must never run" not in said.out
+    assert "weights_only" not in said.err  # torch advises to switch it off
     assert sorted(Path().rglob("*")) == before
 
 
@@ -1501,7 +1689,8 @@ class Host(http.server.BaseHTTPRequestHandler):
         if content is None or 0 < len(content) <= start:
             return self.send_error(404 if content is None else 416)
         self.send_response(206 if host.ranges else 200)
-        self.send_header("Content-Length", str(len(content) - start))
+        if host.tells_length:
+            self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         host.cuts[path] = left = host.cuts.get(path, 0) - 1
         self.wfile.write(content[start : None if left < 0 else len(content) // 2])
@@ -1510,7 +1699,8 @@ class Host(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def host():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host) as server:
-        server.files, server.cuts, server.seen, server.ranges = {}, {}, [], True
+        server.files, server.cuts, server.seen = {}, {}, []
+        server.ranges = server.tells_length = True
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         server.url = f"http://127.0.0.1:{server.server_port}"
         yield server
@@ -1570,10 +1760,12 @@ FOREIGN = dict.fromkeys(
 )
 
 
-def small_archives(name: str, first=(0, 1, 150)) -> dict:
-    """Archive -> its bytes. All files are one mask of 0 to 33, but its first values are `first`."""
-    mask = np.resize(np.uint8([*first, *range(3, 34)]), (20, 30))
-    Image.fromarray(mask).save(image := io.BytesIO(), "PNG")
+VALUES = (0, 1, 150, *range(3, 34))
+
+
+def small_archives(name: str, values=VALUES) -> dict:
+    """Archive -> its bytes. All images and masks are one picture that holds these values."""
+    Image.fromarray(np.resize(np.uint8(values), (20, 30))).save(image := io.BytesIO(), "PNG")
     return {
         archive.name: packed(
             archive.name,
@@ -1586,9 +1778,9 @@ def small_archives(name: str, first=(0, 1, 150)) -> dict:
     }
 
 
-def publish(name: str, host, monkeypatch) -> dict:
+def publish(name: str, host, monkeypatch, values=VALUES) -> dict:
     """data_prep will take the small archives for the published ones, on two hosts."""
-    archives, (names, line, _) = small_archives(name), WORLDS[name]
+    archives, (names, line, _) = small_archives(name, values), WORLDS[name]
     lists = {"1/labeled.txt": names[:1], "2/labeled.txt": names[:2], "val.txt": names[3:]}
     lists |= {"train.txt": names[:3]} if name == "voc" else {}
     host.files |= {
@@ -1651,9 +1843,29 @@ def test_published_sets_are_made_of_archives(name, spelling, host, monkeypatch, 
     assert sorted(tmp_path.rglob("*")) == before and len(host.seen) == asked
 
 
+def test_voc_is_fetched_trained_and_evaluated_by_one_command(host, monkeypatch, tmp_path, capsys):
+    publish("voc", host, monkeypatch, values=(*range(21), IGNORE))
+    command = ["--dataset", "voc", "--root", str(tmp_path), *TINY, "--steps", "2"]
+    assert semivl.main([*command, "--labels", "2", "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "2 labelled, 1 unlabelled, 2 validation, 0 test images; 2 steps" in said
+    assert "frozen CLIP by names" in said and "frozen CLIP by definitions" in said
+    assert (tmp_path / "run/labeled.txt").read_text().split()[::2] == [
+        "JPEGImages/1.jpg",
+        "JPEGImages/2.jpg",
+    ]
+    table = json.loads((tmp_path / "run/result.json").read_text())["val"]
+    assert [*table] == ["CLIP by names", "CLIP by definitions", "SemiVL"]
+    assert [*table["SemiVL"]] == [*semivl.DEFINITIONS["voc"], "mIoU"]
+    assert semivl.main([*command, "--labels", "100"]) == 2
+    assert "have masks; there are lists for 1, 2" in capsys.readouterr().err
+
+
 def test_masks_of_ade20k_are_never_shifted_twice(host, monkeypatch, tmp_path):
     publish("ade20k", host, monkeypatch)
-    zips = save(tmp_path / "zips", small_archives("ade20k", first=(255, 0, 149)))  # converted ones
+    zips = save(
+        tmp_path / "zips", small_archives("ade20k", (255, 0, 149, *VALUES[3:]))
+    )  # converted ones
     assert first_mask(data_prep.prepare("ade20k", tmp_path, zips))[:4] == [255, 0, 149, 3]
 
 
@@ -1668,6 +1880,20 @@ def test_a_broken_transfer_goes_on_where_it_stopped(ranges, host, tmp_path):
     assert host.seen == [("/a", 0), ("/a", 1_500_000), ("/a", 3_000_001)]
     with pytest.raises((OSError, http.client.HTTPException)):  # this one never sends the rest
         data_prep.download(f"{host.url}/b", tmp_path / "b")
+
+
+def test_a_transfer_of_unknown_length_needs_an_md5(host, tmp_path):
+    host.files, host.tells_length = {"/a": b"the whole"}, False
+    with pytest.raises(OSError, match="does not say how long"):
+        data_prep.download(f"{host.url}/a", tmp_path / "a")
+    data_prep.download(f"{host.url}/a", tmp_path / "a", md5="which fetch compares")
+    assert (tmp_path / "a").read_bytes() == b"the whole"
+
+
+def test_a_folder_of_own_pictures_is_made_without_torch():
+    code = "import sys, data_prep; sys.exit('torch' in sys.modules)"
+    here = Path(data_prep.__file__).parent
+    assert subprocess.run([sys.executable, "-c", code], cwd=here).returncode == 0
 
 
 @pytest.mark.parametrize(
