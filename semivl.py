@@ -25,8 +25,8 @@ lists all differences. Paper: 84.0 mIoU on VOC with 92 masks, 6.1 above the best
     python semivl.py --eval runs/voc-92/last.pt           IoU per class
     python semivl.py --predict runs/voc-92/last.pt a.jpg  mask and overlay of any image
 
-Sections 2 to 6 are the networks, 7 data, 8 losses, 9 evaluation, 10 training. Their headers
-say what each idea buys: test mIoU on the toy world with 8 masks, mean of 5 seeds.
+Sections 2 to 6 are the networks, 7 data, 8 losses, 9 evaluation, 10 training. Sections 2, 4, 5,
+6 and 8 say what their idea buys: test mIoU on the toy world with 8 masks, mean of 5 seeds.
 Letters for shapes, in every comment: B images, N classes, K concepts, H x W image, P patch side,
 gh x gw patches (H/P, W/P rounded up), T = 1 + gh*gw tokens, D width of the ViT, E width of CLIP's
 joint space of images and text, C channels of one class's map (128). In prose x is the labelled

@@ -1175,10 +1175,12 @@ def test_every_view_is_trained_with_the_targets_of_its_pixels(folder, tmp_path, 
         red, green, blue = (255 * w).round().long().unbind(1)
         return Targets(red % 6, green / 255, padding, blue % 6)
 
-    student_saw, pasted = [], []
+    student_saw, pasted, seeds = [], [], set()
 
     def forward(self, images, num_perturbed=0, old=semivl.SemiVL.forward):
-        student_saw.append((images, num_perturbed) if self.training else None)
+        if self.training:
+            student_saw.append((images, num_perturbed))
+            seeds.add(torch.initial_seed())
         return old(self, images, num_perturbed)
 
     def loss(logits, y, targets, *more, old=semivl.semivl_loss):
@@ -1197,7 +1199,8 @@ def test_every_view_is_trained_with_the_targets_of_its_pixels(folder, tmp_path, 
     for view in semivl.STRONG_VIEWS:
         monkeypatch.setitem(semivl.STRONG_VIEWS, view, lambda w: w.clone())
     assert run(folder, tmp_path / "run", "--batch", 4, "--crop", 48) == 0
-    assert len(pasted) == 8 and any(pasted)  # two micro-batches in each of four steps
+    # Two micro-batches in each of four steps, each with a feature dropout of its own.
+    assert len(pasted) == 8 and any(pasted) and len(seeds) == 8
 
 
 def test_the_last_images_of_a_batch_lose_half_of_their_channels(monkeypatch):
