@@ -623,8 +623,9 @@ def test_torchscript_is_loaded_only_if_it_is_openais_own(tmp_path, monkeypatch):
 
 
 def test_the_teacher_follows_the_formula():
-    student = tiny_model()
+    student = tiny_model().train()
     teacher = semivl.EMATeacher(student, decay=0.9)
+    assert not any(module.training for module in teacher.model.modules())
     name, weight = next((n, p) for n, p in student.named_parameters() if p.requires_grad)
     expected = weight.detach().clone()
     for step in range(15):
