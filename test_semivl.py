@@ -858,6 +858,11 @@ def test_every_item_is_a_function_of_seed_and_position(folder):
     assert first.pop("files") == again.pop("files")
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert not torch.equal(first["s1"], first["s2"])
+    for view in ("s1", "s2"):  # 8 % of them stay as they are
+        changed = [
+            not torch.equal(item[view], item["w"]) for item in map(items.__getitem__, range(20))
+        ]
+        assert sum(changed) > 12
     assert sorted(items.pick(items.unlabelled, i) for i in (0, 1)) == items.unlabelled  # an epoch
 
 
