@@ -211,9 +211,9 @@ LISTS = {  # file below our splits/ -> file below theirs, or None: made by ade20
 }
 
 
-def download(url: str, file: Path, md5: str | None = None) -> None:
+def download(url: str, file: Path, checked: bool = False) -> None:
     """Fetches a URL. What an earlier transfer left in FILE.part is continued, not fetched again.
-    md5: of the whole, if it is known; `fetch` compares it."""
+    checked: whether the caller compares an MD5. If not, the host has to tell the length."""
     part = file.with_name(file.name + ".part")
     while not file.exists():
         have = part.stat().st_size if part.exists() else 0
@@ -222,7 +222,7 @@ def download(url: str, file: Path, md5: str | None = None) -> None:
             with urlopen(Request(url, headers=ask), timeout=60) as answer:
                 start = have if answer.status == 206 else 0  # some hosts send only the whole file
                 length = answer.headers.get("Content-Length")
-                if not (length or md5 or getattr(answer, "chunked", False)):
+                if not (length or checked or getattr(answer, "chunked", False)):
                     raise OSError(
                         "the host does not say how long the file is, so part of it could "
                         "pass for the whole"
@@ -256,9 +256,8 @@ def fetch(archive: Archive, downloads: Path) -> Path:
     file, failed = downloads / archive.name.replace("/", "-"), []
     for url in archive.urls:
         try:
-            download(
-                url, file, archive.md5
-            )  # nothing to do if an interrupted process has fetched it already
+            # Nothing to do if an interrupted process has fetched it already.
+            download(url, file, checked=archive.md5 is not None)
             if check_integrity(file, archive.md5):
                 return file
             file.unlink()
@@ -302,7 +301,9 @@ def read_mask(file: Path) -> np.ndarray:
     try:
         with Image.open(file) as image:
             return np.array(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except MemoryError:  # the file is not to blame
+        raise
+    except Exception as error:  # damaged files make Pillow raise almost anything
         raise UserError(f"{file.name}: not an image that can be read ({error})") from None
 
 
@@ -424,7 +425,10 @@ def make_published(name: str, folder: Path, downloads: Path, source: str | None)
     for new, path in LISTS[name].items():
         file = folder / "splits" / new
         file.parent.mkdir(parents=True, exist_ok=True)
-        text = files[f"splits/{path}"].read_text(encoding="utf-8") if path else ade20k_list(new)
+        try:
+            text = files[f"splits/{path}"].read_text("utf-8") if path else ade20k_list(new)
+        except UnicodeDecodeError:
+            raise UserError(f"{files[f'splits/{path}']}: no text in UTF-8") from None
         file.write_text(text, encoding="utf-8")
     for a in ARCHIVES[name]:
         unpack(files[a.name], TAKEN[name], folder)
@@ -966,6 +970,13 @@ def count_pixels(file: Path) -> tuple[dict, dict] | str:
         return f"{file}: {error}"
 
 
+def relative(file: Path, home: Path) -> str:
+    """The path of a file as lists have it: relative to `home`, or absolute on another drive."""
+    with contextlib.suppress(ValueError):
+        return Path(os.path.relpath(file, home)).as_posix()
+    return file.as_posix()
+
+
 def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0.2, seed=0) -> None:
     """Makes a data folder that points to pictures where they lie, as told on top of this file.
     classes: names of the mask values 0, 1, ...; val: share of the masked images for validation."""
@@ -1033,8 +1044,8 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
         "classes": [*keys],
         "ignore_index": ignore,
         "made": {
-            "images": os.path.relpath(images, home),
-            "masks": os.path.relpath(masks, home),
+            "images": relative(images, home),
+            "masks": relative(masks, home),
             "val": val,
             "seed": seed,
         },
@@ -1047,7 +1058,7 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
         new[0].mkdir()
         for name in ("train", "val"):
             lines = [
-                [Path(os.path.relpath(file, home)).as_posix() for file in pair if file]
+                [relative(file, home) for file in pair if file]
                 for pair in pairs
                 if (pair in drawn) == (name == "val")
             ]

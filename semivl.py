@@ -123,9 +123,10 @@ class Config:
             if isinstance(value, (int, float))
             and not low.get(name, 0) <= value <= top.get(name, math.inf)
         ]
-        require(not wrong, f"out of range: {', '.join(wrong)}")
+        require(not wrong, f"out of range: {', '.join(map(option, wrong))}")
         for name, kind in Config.__annotations__.items():
-            require_one_of(name, getattr(self, name), *get_args(kind))
+            if get_args(kind):
+                require_one_of(option(name), getattr(self, name), *get_args(kind))
         require(self.batch % self.micro_batch == 0, "--micro-batch must divide --batch")
         require(self.stride <= self.crop, f"--stride {self.stride} is above --crop; 0 fits always")
 
@@ -183,8 +184,13 @@ def require(condition, message: str) -> None:
 
 
 def require_one_of(name: str, value, *allowed) -> None:
-    """Raises UserError if some values are `allowed` and the value is none of them."""
-    require(value in allowed or not allowed, f"{name} {value!r}: take {' or '.join(allowed)}")
+    """Raises UserError if the value is none of those that are allowed."""
+    require(value in allowed, f"{name} {value!r}: take {' or '.join(allowed)}")
+
+
+def option(name: str) -> str:
+    """The option that sets a field of Config."""
+    return "--" + name.removesuffix("_thresh").replace("_", "-")
 
 
 @contextlib.contextmanager
@@ -195,7 +201,9 @@ def blame(what):
     except (MemoryError, torch.OutOfMemoryError):  # the file is not to blame
         raise
     except pickle.UnpicklingError:  # torch would advise to load it all the same
-        raise UserError(f"{what}: holds code, or is no file of torch.save as last.pt is") from None
+        raise UserError(f"{what}: holds code, or was not written by torch.save") from None
+    except KeyError as error:
+        raise UserError(f"{what}: has no {error}") from None
     except Exception as error:  # PIL, json, torch and the network all raise what they like
         reason = (getattr(error, "strerror", None) or "").lower() or str(error) or repr(error)
         raise UserError(f"{what}: {' '.join(reason.split())[:300]}") from None
@@ -311,7 +319,7 @@ def resize_position(position: torch.Tensor, old: tuple, new: tuple) -> torch.Ten
 
 
 class DenseCLIP(nn.Module):
-    """The visual tower of a plain open_clip ViT (else ValueError), as an encoder of patches.
+    """The visual tower of a plain open_clip ViT (else UserError), as an encoder of patches.
     visual: `open_clip.create_model(...).visual`, kept and modified: a second DenseCLIP of it would
     share its weights. grid: (gh, gw) at which the position embedding trains; other image sizes
     interpolate from it. authors: exact GELU and LayerNorm eps 1e-6, with which the authors tuned
@@ -505,7 +513,7 @@ class UpStage(nn.Module):
 
 class LanguageGuidedDecoder(nn.Module):
     """Similarity maps -> spatial reasoning -> semantic reasoning -> upsampling.
-    embed_dim: E. shallow_dim, deep_dim: channels of the skips. channels: C, ValueError unless it is
+    embed_dim: E. shallow_dim, deep_dim: channels of the skips. channels: C, UserError unless it is
     a multiple of 8. shallow_width: channels of the shallow skip once projected, by default C/8.
     recompute: less memory, more time in training (see `by_classes`)."""
 
@@ -672,7 +680,7 @@ def read_image(file: Path) -> torch.Tensor:
 
 def read_mask(file: Path, values: dict[int, int], rgb: bool = False) -> torch.Tensor:
     """PNG, BMP or TIFF -> uint8 [H, W]. values: pixel (with `rgb` 65536 r + 256 g + b) -> class
-    number or IGNORE. ValueError for other pixels, and for a format that may have changed them."""
+    number or IGNORE. UserError for other pixels, and for a format that may have changed them."""
     with blame(file), Image.open(file) as image:
         # PIL rescales 2- and 4-bit grey and 16-bit colour: repr(tile) then has "L;4" or "RGB;16B".
         lossy = re.search("[ABLR];|jpeg", f"{image.tile} {image.info.get('compression')}")
@@ -711,7 +719,7 @@ def read_list(folder: Path, name: str, need_mask: bool) -> list[tuple]:
                 and (not mask or "." in image or "\t" in line),
                 f"{line!r}: should be 'IMAGE.xxx MASK', with a TAB behind a name that has blanks",
             )
-            entries.append((os.path.relpath(folder / image, folder), mask or None))
+            entries.append((os.path.normpath(image), mask or None))
         require(entries, "no line in it")
     return entries
 
@@ -734,7 +742,7 @@ class Folder:  # a data set on disk
 
     def check(self, lists: dict[str, list]) -> None:
         """Opens every file that will be used; lists: title -> entries. Prints the pixels of each
-        class, and what looks like a mistake. Raises ValueError with up to 20 problems."""
+        class, and what looks like a mistake. Raises UserError with up to 20 problems."""
         problems, pixels, titles_of = [], {}, {}
         turned, N = 0, len(self.classes)
         for title, entry in progress([(t, e) for t in lists for e in lists[t]], "check"):
@@ -779,7 +787,9 @@ def from_data_prep(what: str):
     """The module data_prep, which `what` needs, and its refusals as ours."""
     try:
         import data_prep
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != "data_prep":
+            raise
         raise UserError(f"{what}: data_prep.py, which makes it, is not beside semivl.py") from None
     try:
         yield data_prep
@@ -845,12 +855,13 @@ def draw_labelled(folder: Folder, count: int, seed: int) -> list[tuple]:
     if (folder.path / f"splits/{count}/labeled.txt").exists():
         return read_list(folder.path, f"{count}/labeled.txt", True)
     with_mask = [*dict(entry for entry in folder.train if entry[1]).items()]  # each image once
-    listed = sorted(int(f.parent.name) for f in folder.path.glob("splits/[0-9]*/labeled.txt"))
-    told = f"; there are lists for {', '.join(map(str, listed))}" if listed else ""
-    require(
-        count <= len(with_mask),
-        f"--labels {count}: only {len(with_mask)} images of train.txt have masks{told}",
-    )
+    if count > len(with_mask):
+        listed = [file.parent.name for file in folder.path.glob("splits/*/labeled.txt")]
+        counts = sorted(int(name) for name in listed if name.isdecimal())
+        told = f"; there are lists for {', '.join(map(str, counts))}" if counts else ""
+        raise UserError(
+            f"--labels {count}: only {len(with_mask)} images of train.txt have masks{told}"
+        )
     shown = lru_cache(None)(lambda i: {*folder.mask(with_mask[i]).unique().tolist()} - {IGNORE})
     rng = np.random.default_rng(seed)
     draws = [rng.choice(len(with_mask), count, replace=False).tolist() for _ in range(100)]
@@ -1185,6 +1196,13 @@ def join_processes(device: torch.device) -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
+def leave_processes() -> None:
+    """The counterpart of join_processes. Only where all arrive: after an error in one process the
+    others would wait for it for ever."""
+    if WORLD > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def autocast(cfg: Config, device: torch.device) -> torch.autocast:
     """bf16 for matrix products; losses stay in float32, on CUDA softmax and norms do, too."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1215,15 +1233,33 @@ def ignore_signals(_) -> None:
         os.setpgid(0, 0)
 
 
-def batches(loader: DataLoader):
-    """The batches of a loader. An error in one of its processes comes with that process's traceback
-    in front; a mistake in a file loses it."""
+@contextlib.contextmanager
+def signal_handlers_put_back():
+    """After its block Ctrl-C and SIGTERM are the caller's again, in the only thread that may."""
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield from loader
-    except UserError as error:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:  # None: not installed by Python
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def known_ends():
+    """Turns into a UserError what ends a run without being a bug."""
+    try:
+        yield
+    except UserError as error:  # one of a loader process has that process's traceback in front
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+    except torch.OutOfMemoryError:
+        advice = "try --micro-batch 1, --recompute on or a smaller --crop"
+        raise UserError(f"the GPU's memory is too small: {advice}") from None
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        # If a loader process is killed, torch raises this wherever the training process is.
+        if not str(error).startswith("DataLoader worker (pid"):
             raise
         raise UserError(f"{error} (--workers 0 loads images without other processes)") from None
 
@@ -1233,16 +1269,25 @@ def is_free(path: Path) -> bool:
     return not path.exists() or path.is_dir() and not any(path.iterdir())
 
 
+def numbered_folder(base: Path) -> Path:
+    """Makes BASE, or BASE-2, BASE-3, ...: of two runs that start at once, one takes the next."""
+    path, number = base, 1
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            number += 1
+            path = base.with_name(f"{base.name}-{number}")
+
+
 def new_run(cfg: Config, labelled: list) -> Path:
     """Makes the run's folder, with the list of labelled images and a copy of this file in it."""
-    path = base = Path(cfg.out or f"runs/{Path(cfg.dataset).resolve().name}-{cfg.labels}")
-    for number in range(2, 10**4):
-        with contextlib.suppress(FileExistsError):
-            # Of two runs that start at once, one takes the next name.
-            path.mkdir(parents=True, exist_ok=bool(cfg.out) and is_free(path))
-            break
-        require(not cfg.out, f"--out {path} exists")
-        path = base.with_name(f"{base.name}-{number}")
+    if cfg.out:
+        path = Path(cfg.out)
+        path.mkdir(parents=True, exist_ok=True)
+    else:
+        path = numbered_folder(Path(f"runs/{Path(cfg.dataset).resolve().name}-{cfg.labels}"))
     if labelled:
         lines = "".join(f"{image}\t{mask}\n" for image, mask in labelled)
         (path / "labeled.txt").write_text(lines, encoding="utf-8")
@@ -1278,6 +1323,8 @@ def say_table(corner: str, rows: list[str], columns: dict, form: str) -> None:
         say(f"{name:{wide}}" + "".join(f"{cell:>20}" for cell in row))
 
 
+@known_ends()
+@signal_handlers_put_back()
 def train(  # noqa: C901
     cfg: Config, folder: Folder | None = None, saved: dict | None = None, log=None
 ) -> None:
@@ -1285,8 +1332,10 @@ def train(  # noqa: C901
     # 1. Device, data, CLIP and the words it reads, three networks, optimiser; resume.
     device, folder = pick_device(cfg.device), folder or open_data(cfg)
     join_processes(device)
+    torch.manual_seed(cfg.seed)
+    clip, clip_config = load_clip(cfg)  # its name may be wrong; looking at the images takes longer
     cuda = device.type == "cuda"
-    require(RANK or saved or not cfg.out or is_free(Path(cfg.out)), f"--out {cfg.out} exists")
+    require(RANK or saved or not cfg.out or is_free(Path(cfg.out)), f"--out {cfg.out} is not empty")
     labelled = saved["labelled"] if saved else draw_labelled(folder, cfg.labels, cfg.seed)
     taken = {image for image, _ in labelled}
     unlabelled = [(image, None) for image, _ in folder.train if image not in taken]
@@ -1295,7 +1344,8 @@ def train(  # noqa: C901
     share = cfg.batch // WORLD  # images of a step for this process
     require(
         cfg.decoder == "language" or cfg.unlabelled or math.gcd(cfg.micro_batch, share) > 1,
-        "--decoder vision has batch norm, which needs two images in a forward: --micro-batch 2",
+        "--decoder vision has batch norm, which needs two images in each forward of a process, of "
+        f"which this one has {math.gcd(cfg.micro_batch, share)}: raise --micro-batch or --batch",
     )
     if cfg.unlabelled and share == 1:
         say("note: each process has one unlabelled image a step: CutMix has no partner for it")
@@ -1310,8 +1360,6 @@ def train(  # noqa: C901
         f"{folder.path}: its lists or 'colors' "
         f"changed since the run started; add --dataset {cfg.dataset} to go on all the same",
     )
-    torch.manual_seed(cfg.seed)
-    clip, clip_config = load_clip(cfg)  # first: its name may be wrong, and the check takes long
     # Making a named set has shown that its files exist. Of them, only what has a mask is opened.
     folder.check(
         {
@@ -1336,8 +1384,8 @@ def train(  # noqa: C901
     ema, optimizer = EMATeacher(student, cfg.ema), make_optimizer(student, cfg)
     defined = cfg.definitions and any(words != [name] for name, words in folder.classes.items())
     caption = "CLIP by definitions" if defined else "CLIP by names"
-    trained = "SemiVL" if cfg.unlabelled else "labels only"
-    compared = {caption: guidance, trained: ema.model}
+    trained_title = "SemiVL" if cfg.unlabelled else "labels only"
+    compared = {caption: guidance, trained_title: ema.model}
     parallel = nn.parallel.DistributedDataParallel(student) if WORLD > 1 else student
     stored = dict(student=student, model=ema.model, optimizer=optimizer)  # "model": the teacher
     state, out = dict(step=0, last=-1.0, best=-1.0), Path(cfg.out)  # last, best: validation mIoU
@@ -1396,7 +1444,7 @@ def train(  # noqa: C901
     may_handle = threading.current_thread() is threading.main_thread()
     for number in (signal.SIGINT, signal.SIGTERM) if may_handle else ():
         signal.signal(number, on_signal)
-    for batch in progress(batches(loader), "train", total=cfg.steps, initial=state["step"]):
+    for batch in progress(loader, "train", total=cfg.steps, initial=state["step"]):
         # 2. Rates and the guidance weight.
         step, files = state["step"], batch.pop("files")
         batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
@@ -1487,25 +1535,26 @@ def train(  # noqa: C901
     for number in (signal.SIGINT, signal.SIGTERM) if may_handle else ():
         signal.signal(number, signal.default_int_handler)  # the table may be interrupted at once
     models = {"CLIP by names": names_only} | compared
-    known = {} if folder.test or last_iou is None else {trained: last_iou}
+    measured = {} if folder.test or last_iou is None else {trained_title: last_iou}
     scores = dict(val_last=state["last"], val_best=state["best"])
-    report(models, folder, cfg, device, out, known, **scores)
+    report(models, folder, cfg, device, out, measured, scores)
 
 
-def report(models: dict, folder: Folder, cfg: Config, device, out=None, known=None, **more):
+def report(models: dict, folder: Folder, cfg: Config, device, out=None, measured=None, scores=None):
     """IoU per class on the test images (or else validation), printed, and in OUT/result.json.
-    known: title -> IoU, of models that were evaluated on these images already."""
+    measured: title -> IoU, of models that were evaluated on these images already; scores: more for
+    result.json."""
     split, entries = ("test", folder.test) if folder.test else ("val", folder.val)
     table, names = {}, [*folder.classes, "mIoU"]
-    known = known or {}
     for title, model in models.items():
-        iou = known.get(title)
+        iou = (measured or {}).get(title)
         if iou is None:
             iou = evaluate(model, folder, entries, cfg, device, split)
         table[title] = torch.cat([iou, iou.nanmean()[None]])
     if out and RANK == 0:
-        more[split] = {title: dict(zip(names, iou.tolist())) for title, iou in table.items()}
-        (out / "result.json").write_text(to_json(more), encoding="utf-8")
+        values = {title: dict(zip(names, iou.tolist())) for title, iou in table.items()}
+        result = (scores or {}) | {split: values}
+        (out / "result.json").write_text(to_json(result), encoding="utf-8")
     say_table(f"IoU, {split}", names, table, ".1f")
 
 
@@ -1695,33 +1744,46 @@ def save_sheet(file: Path, folder: Folder, models: dict, cfg: Config, device) ->
 
 
 # 13. Command line ---------------------------------------------------------------------------------
-def image_files(names: list[str]) -> list[str]:
-    """The names, with a folder or a wildcard replaced by the image files that are there."""
+def image_files(names: list[str]) -> list[Path]:
+    """The files that are named; of a folder or a wildcard, which not every shell expands, those
+    that are images."""
     files, suffixes = [], Image.registered_extensions()
-    for name in names:
-        found = [] if Path(name).exists() else sorted(glob.glob(name))  # not every shell does that
-        if Path(name).is_dir():
-            found = sorted(str(f) for f in Path(name).iterdir() if f.suffix.lower() in suffixes)
-        files += found or [name]
+    for name in map(Path, names):
+        found = [name]
+        if name.is_dir():
+            found = sorted(name.iterdir())
+        elif not name.exists() and glob.has_magic(str(name)):
+            found = [Path(path) for path in sorted(glob.glob(str(name)))]
+        if found != [name]:
+            found = [f for f in found if f.is_file() and f.suffix.lower() in suffixes]
+            found = [f for f in found if not f.name.startswith(".")]
+            require(found, f"{name}: no image there")
+        files += found
     return files
 
 
 def predict(checkpoint: str, images: list[str], typed: dict) -> None:
     """--predict: NAME-mask.png (class numbers, in colours) and NAME-overlay.png of each image."""
     require(images, "--predict CKPT IMAGE ...: one of them is missing")
+    files = image_files(images)
     model, cfg, classes = load_checkpoint(checkpoint, **typed)
-    images, device, problems = image_files(images), pick_device(cfg.device), []
+    device, problems = pick_device(cfg.device), []
     out = Path(cfg.out or Path(checkpoint).parent / "predictions")
     out.mkdir(parents=True, exist_ok=True)
-    for name in progress(images, "predict"):
-        file, overlay = (out / f"{Path(name).stem}-{kind}.png" for kind in ("mask", "overlay"))
+    for file in progress(files, "predict"):
+        name, number = file.stem, 1
+        while (out / f"{name}-mask.png").exists() or (out / f"{name}-overlay.png").exists():
+            number += 1  # nothing is overwritten
+            name = f"{file.stem}-{number}"
         try:
-            require(not file.exists() and not overlay.exists(), f"{file} exists; change --out")
-            label, _ = segment(model.to(device), image := read_image(name), cfg, device)
+            image = read_image(file)
+            label, _ = segment(model.to(device), image, cfg, device)
             mask = colour_mask(label, classes)
-            Image.blend(VF.to_pil_image(image), mask.convert("RGB"), 0.55).save(overlay)
-            mask.save(file)
-            say(f"{file}: {', '.join([*classes][n] for n in label.unique())}")
+            overlay = Image.blend(VF.to_pil_image(image), mask.convert("RGB"), 0.55)
+            overlay.save(out / f"{name}-overlay.png")
+            mask.save(out / f"{name}-mask.png")
+            shown = [[*classes][n] for n in label.unique()]
+            say(f"{file} -> {out / name}-mask.png: {', '.join(shown)}")
         except UserError as error:  # the other images are predicted all the same
             problems.append(str(error))
     require(not problems, "\n".join(problems))
@@ -1749,7 +1811,7 @@ def parse_args(argv) -> tuple[argparse.Namespace, dict]:
         if kind is bool:
             default, choices = ("off", "on")[default], ("on", "off")
         parser.add_argument(
-            f"--{name.removesuffix('_thresh').replace('_', '-')}",
+            option(name),
             dest=name,
             type=kind if kind in (int, float) else str,
             choices=choices,
@@ -1770,16 +1832,13 @@ def parse_args(argv) -> tuple[argparse.Namespace, dict]:
 
 def main(argv=None) -> int:
     """Runs the command line; exit code 2 and one line for a user's mistake, 130 for Ctrl-C."""
-    handlers = {}  # those of a caller, in the only thread that may have handlers
-    if threading.current_thread() is threading.main_thread():
-        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         args, typed = parse_args(argv)
         allowed = {"device", "dataset", "root", "workers"}  # when a checkpoint has the settings
         allowed |= {"out", "stride"} if args.resume is None else {"steps"}
         wrong = [name for name in typed if name not in allowed]
         new = all(action is None for action in (args.resume, args.eval, args.predict))
-        require(new or not wrong, f"not to be given here: {', '.join(wrong)}")
+        require(new or not wrong, f"not to be given here: {', '.join(map(option, wrong))}")
         if args.resume is not None:
             file = (run := Path(args.resume)) / "last.pt"
             require(file.is_file(), f"{run}: not a run's folder with last.pt")
@@ -1797,6 +1856,7 @@ def main(argv=None) -> int:
             join_processes(device)
             require([*folder.classes] == [*classes], f"{folder.path}: other classes")
             folder.check({"validation": folder.val, "test": folder.test})
+            require(not cfg.out or is_free(Path(cfg.out)), f"--out {cfg.out} is not empty")
             out = new_run(cfg, []) if cfg.out and RANK == 0 else None
             report({"SemiVL": model.to(device)}, folder, cfg, device, out)
         elif args.predict:
@@ -1806,6 +1866,7 @@ def main(argv=None) -> int:
             preset = PRESETS.get(typed.get("dataset", "toy"), {})
             cfg = Config(**preset | ({"steps": 0} if "epochs" in typed else {}) | typed)
             benchmark(cfg) if args.benchmark else train(cfg)
+        leave_processes()
         return 0
     except KeyboardInterrupt:
         print("semivl.py: interrupted", file=sys.stderr)
@@ -1813,12 +1874,6 @@ def main(argv=None) -> int:
     except (UserError, OSError) as error:  # all else is a bug, and keeps its traceback
         print(f"semivl.py: {error}", file=sys.stderr)
         return 2
-    finally:
-        for number, handler in handlers.items():
-            if handler is not None:  # None: not installed by Python
-                signal.signal(number, handler)
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -493,7 +493,7 @@ MODES = {name: get_args(kind) for name, kind in Config.__annotations__.items() i
 
 @pytest.mark.parametrize("name", MODES)
 def test_a_misspelt_mode_is_refused(name):
-    with pytest.raises(ValueError, match=f"{name} 'Mean': take {MODES[name][0]} or "):
+    with pytest.raises(ValueError, match=f"{semivl.option(name)} 'Mean': take "):
         Config(**{name: "Mean"})
 
 
@@ -660,6 +660,7 @@ def random_targets():
 @pytest.mark.parametrize("weighting", ["pixel", "mean"])
 def test_consistency_loss_is_the_written_formula(weighting):
     (logits, t), total = random_targets(), 0.0
+    t.confidence[0, 0, 0] = 0.6  # reaches the threshold
     for z, label, confidence, padding in zip(logits, *t[:3]):
         kept = [(i, j) for i in range(8) for j in range(8) if not padding[i, j]]
         sure = {place: float(confidence[place] >= 0.6) for place in kept}
@@ -1141,9 +1142,29 @@ def test_a_bug_keeps_its_traceback(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(semivl, "make_optimizer", lambda *_: {}["a bug"])
     with pytest.raises(KeyError, match="a bug"):
         run(folder, tmp_path / "run")
+    monkeypatch.setattr(semivl, "make_optimizer", lambda *_: torch.ones(2) + torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        run(folder, tmp_path / "other")
     for bug in (MemoryError, torch.OutOfMemoryError):  # not the fault of the file
         with pytest.raises(bug), semivl.blame("a.png"):
             raise bug
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "try --micro-batch 1"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "--workers 0"),
+    ],
+)
+def test_an_end_that_is_no_bug_has_one_line(error, told, folder, tmp_path, monkeypatch, capsys):
+    def loss(*_):
+        raise error
+
+    monkeypatch.setattr(semivl, "semivl_loss", loss)
+    assert run(folder, tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert told in said and len(said.splitlines()) == 1
 
 
 def test_each_process_takes_its_own_gpu_first(monkeypatch):
@@ -1529,7 +1550,7 @@ def test_predictions_are_not_overwritten_and_have_the_size_of_the_image(whole, t
     assert semivl.main(command) == 0
     mask = Image.open(tmp_path / "out/a-mask.png")
     assert mask.mode == "P" and mask.size == (70, 33) and np.array(mask).max() < 6
-    assert semivl.main(command) == 2 and "exists" in capsys.readouterr().err
+    assert semivl.main(command) == 0 and "out/a-2-mask.png: " in capsys.readouterr().out
     (tmp_path / "bad.jpg").write_bytes(image.read_bytes()[:600])
     image.rename(tmp_path / "b.jpg")
     command[2:3] = [str(tmp_path / name) for name in ("none.jpg", "bad.jpg", "b.jpg")]
@@ -1597,13 +1618,15 @@ MISTAKES = {  # what is wrong -> (file, content or picture; or options), words o
     "a width without an eighth": "--decoder-channels 12 | multiple of 8",
     "a crop below the patch": "--crop 7 --stride 7 | patch",
     "no such checkpoint": "--eval nowhere.pt | no such file",
-    "a picture for a checkpoint": "--eval images/0.png | images/0.png: holds code, or is no file",
+    "a picture for a checkpoint": "--eval images/0.png | images/0.png: holds code, or was not",
     "no checkpoint to predict with": "--predict images/0.png images/1.png | images/0.png: holds",
     "no image to predict": "--predict images/0.png | one of them is missing",
     "batch norm of one image": "--decoder vision --unlabelled off --micro-batch 1 | batch norm",
     "a folder for a checkpoint": "--eval masks | is a directory",
     "a file for a run": "--resume dataset.json | not a run's folder",
-    "an output folder that is taken": "--out splits | splits",
+    "an output folder that is taken": "--out splits | --out splits is not empty",
+    "a number out of range": "--conf 2 | out of range: --conf",
+    "a folder without images": "--predict bad.pt splits | splits: no image there",
 }
 
 
@@ -1895,7 +1918,7 @@ def test_a_transfer_of_unknown_length_needs_an_md5(host, tmp_path):
     host.files, host.tells_length = {"/a": b"the whole"}, False
     with pytest.raises(OSError, match="does not say how long"):
         data_prep.download(f"{host.url}/a", tmp_path / "a")
-    data_prep.download(f"{host.url}/a", tmp_path / "a", md5="which fetch compares")
+    data_prep.download(f"{host.url}/a", tmp_path / "a", checked=True)
     assert (tmp_path / "a").read_bytes() == b"the whole"
 
 
@@ -1956,6 +1979,17 @@ def test_own_pictures_become_a_data_folder(line, folder, monkeypatch, capsys):
     Image.new("L", (64, 64)).save("masks/my 5.png", "JPEG")
     assert data_prep.main(["new", *command[1:]]) == 2 and not Path("new").exists()
     assert "my 5.png: JPEG may change numbers" in capsys.readouterr().err
+
+
+def test_own_pictures_may_lie_on_another_drive(folder, tmp_path, monkeypatch):
+    def relpath(path, start=None):
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    monkeypatch.setattr(os.path, "relpath", relpath)
+    options = ["--images", str(folder / "images"), "--masks", str(folder / "masks")]
+    assert data_prep.main([str(tmp_path / "C"), *options, "--classes", ",".join(CLASSES)]) == 0
+    data = semivl.open_data(Config(dataset=str(tmp_path / "C")))
+    assert data.image(data.val[0]).shape == (3, 64, 64) and Path(data.val[0][1]).is_absolute()
 
 
 def test_the_toy_world_repeats_itself_and_is_complete_or_absent(tmp_path, monkeypatch):
