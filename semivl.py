@@ -1259,9 +1259,11 @@ def known_ends():
         raise UserError(f"the GPU's memory is too small: {advice}") from None
     except RuntimeError as error:
         # If a loader process is killed, torch raises this wherever the training process is.
-        if not str(error).startswith("DataLoader worker (pid"):
+        killed = str(error).startswith("DataLoader worker (pid")
+        if not killed and "allocate shared memory" not in str(error):
             raise
-        raise UserError(f"{error} (--workers 0 loads images without other processes)") from None
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"{reason} (--workers 0 loads images without other processes)") from None
 
 
 def is_free(path: Path) -> bool:
