@@ -859,12 +859,18 @@ def test_every_item_is_a_function_of_seed_and_position(folder):
     assert first.pop("files") == again.pop("files")
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert not torch.equal(first["s1"], first["s2"])
+    many = [items[i] for i in range(20)]
     for view in ("s1", "s2"):  # 8 % of them stay as they are
-        changed = [
-            not torch.equal(item[view], item["w"]) for item in map(items.__getitem__, range(20))
-        ]
-        assert sum(changed) > 12
-    assert sorted(items.pick(items.unlabelled, i) for i in (0, 1)) == items.unlabelled  # an epoch
+        assert sum(not torch.equal(item[view], item["w"]) for item in many) > 12
+    assert any(0 < item["s1_box"].sum() != item["s2_box"].sum() > 0 for item in many)
+
+
+def test_each_epoch_has_an_order_of_its_own():
+    entries = [(f"{i}.png", None) for i in range(20)]
+    items = semivl.TrainingSet(None, [], entries, Config())
+    orders = [[items.pick(entries, 20 * epoch + i) for i in range(20)] for epoch in range(3)]
+    assert all(sorted(order) == sorted(entries) for order in orders)
+    assert len({tuple(order) for order in [entries, *orders]}) == 4
 
 
 @pytest.mark.parametrize(
