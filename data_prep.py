@@ -119,52 +119,29 @@ def class_names(name: str) -> list[str]:
     return CLASSES[name]
 
 
-Archive = namedtuple("Archive", "name size md5 urls")  # size in GB (about); MD5, if it is known
+# size: GB, about. md5: if it is known. hosts: what stands before the name in URLs.
+Archive = namedtuple("Archive", "name size md5 hosts")
+VOC_HOSTS = (
+    "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/",
+    "https://d2l-data.s3-accelerate.amazonaws.com/",
+)
+COCO_HOSTS = (
+    "http://images.cocodataset.org/zips/",
+    "https://s3.amazonaws.com/images.cocodataset.org/zips/",
+)
+COCO_MASKS_HOSTS = ("https://github.com/google-research/semivl/releases/download/checkpoints/",)
+ADE20K_HOSTS = ("http://data.csail.mit.edu/places/ADEchallenge/",)
 ARCHIVES = {
     "voc": [
-        Archive(
-            "VOCtrainval_11-May-2012.tar",
-            2.0,
-            "6cd6e144f989b92b3379bac3b3de84fd",
-            (
-                "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
-                "https://d2l-data.s3-accelerate.amazonaws.com/VOCtrainval_11-May-2012.tar",
-            ),
-        )
+        Archive("VOCtrainval_11-May-2012.tar", 2.0, "6cd6e144f989b92b3379bac3b3de84fd", VOC_HOSTS)
     ],
     "coco": [
-        *(
-            Archive(
-                name,
-                size,
-                md5,
-                (
-                    f"http://images.cocodataset.org/zips/{name}",
-                    f"https://s3.amazonaws.com/images.cocodataset.org/zips/{name}",
-                ),
-            )
-            for name, size, md5 in (
-                ("train2017.zip", 19.3, "cced6f7f71b7629ddf16f17bbcfab6b2"),
-                ("val2017.zip", 0.8, "442b8da7639aecaf257c1dceb8ba8c80"),
-            )
-        ),
-        Archive(
-            "ground_truth_coco.zip",
-            0.5,
-            None,
-            (
-                "https://github.com/google-research/semivl/releases/download/checkpoints/"
-                "ground_truth_coco.zip",
-            ),
-        ),
+        Archive("train2017.zip", 19.3, "cced6f7f71b7629ddf16f17bbcfab6b2", COCO_HOSTS),
+        Archive("val2017.zip", 0.8, "442b8da7639aecaf257c1dceb8ba8c80", COCO_HOSTS),
+        Archive("ground_truth_coco.zip", 0.5, None, COCO_MASKS_HOSTS),
     ],
     "ade20k": [
-        Archive(
-            "ADEChallengeData2016.zip",
-            1.0,
-            "7328b3957e407ddae1d3cbf487f149ef",
-            ("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",),
-        )
+        Archive("ADEChallengeData2016.zip", 1.0, "7328b3957e407ddae1d3cbf487f149ef", ADE20K_HOSTS)
     ],
     "cityscapes": [  # both need a login, so they are taken from --source only
         Archive("leftImg8bit_trainvaltest.zip", 11.6, None, ()),
@@ -254,7 +231,7 @@ def fetch(archive: Archive, downloads: Path) -> Path:
     from torchvision.datasets.utils import check_integrity
 
     file, failed = downloads / archive.name.replace("/", "-"), []
-    for url in archive.urls:
+    for url in [host + archive.name for host in archive.hosts]:
         try:
             # Nothing to do if an interrupted process has fetched it already.
             download(url, file, checked=archive.md5 is not None)
@@ -390,17 +367,15 @@ def settle(name: str, folder: Path) -> None:
 
 def make_published(name: str, folder: Path, downloads: Path, source: str | None) -> None:
     """Fills `folder` from the archives and lists in `source`, or fetched to `downloads`."""
-    lists = [
-        Archive(f"splits/{path}", 0, None, [f"{host}splits/{path}" for host in LIST_HOSTS])
-        for path in LISTS[name].values()
-        if path
-    ]
+    published = [path for path in LISTS[name].values() if path]
+    lists = [Archive(f"splits/{path}", 0, None, LIST_HOSTS) for path in published]
     wanted = lists + ARCHIVES[name]
     if source and "://" in source:
-        wanted = [a._replace(urls=[f"{source.rstrip('/')}/{a.name}", *a.urls]) for a in wanted]
+        mirror = source.rstrip("/") + "/"
+        wanted = [a._replace(hosts=(mirror, *a.hosts)) for a in wanted]
     files = {a.name: file for a in wanted if source and (file := Path(source) / a.name).is_file()}
     missing = [a for a in wanted if a.name not in files]
-    login = [a.name for a in missing if not a.urls]
+    login = [a.name for a in missing if not a.hosts]
     require(
         not login,
         f"{name}: {' and '.join(login)} cannot be fetched without a login; get the "
@@ -409,7 +384,7 @@ def make_published(name: str, folder: Path, downloads: Path, source: str | None)
     )
     print(f"making {downloads.parent / name}; fetched files stay in {downloads} until the end:")
     for a in ARCHIVES[name]:
-        print(f"  {a.size:5.1f} GB  {files.get(a.name) or a.urls[0]}", flush=True)
+        print(f"  {a.size:5.1f} GB  {files.get(a.name) or a.hosts[0] + a.name}", flush=True)
     need = sum(a.size for a in missing + ARCHIVES[name])  # to fetch, and to unpack
     need -= sum(f.stat().st_size for a in missing for f in downloads.glob(f"{a.name}*")) / 1e9
     free = shutil.disk_usage(folder).free / 1e9
@@ -977,6 +952,13 @@ def relative(file: Path, home: Path) -> str:
     return file.as_posix()
 
 
+def list_line(pair: tuple, home: Path) -> str:
+    """ "IMAGE MASK" or "IMAGE"; with a TAB behind the image if a name has blanks."""
+    words = [relative(file, home) for file in pair if file]
+    line = " ".join(words)
+    return line if line.split() == words else "\t".join([*words, ""][:2])
+
+
 def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0.2, seed=0) -> None:
     """Makes a data folder that points to pictures where they lie, as told on top of this file.
     classes: names of the mask values 0, 1, ...; val: share of the masked images for validation."""
@@ -1040,16 +1022,7 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
 
     count = max(1, min(len(masked) - 1, round(val * len(masked))))
     drawn = {*random.Random(seed).sample(masked, count)}
-    content = {
-        "classes": [*keys],
-        "ignore_index": ignore,
-        "made": {
-            "images": relative(images, home),
-            "masks": relative(masks, home),
-            "val": val,
-            "seed": seed,
-        },
-    }
+    content = {"classes": [*keys], "ignore_index": ignore}
     if [*keys.values()] != [*range(len(keys))]:
         content["colors"] = keys
     home.mkdir(parents=True, exist_ok=True)
@@ -1057,19 +1030,9 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
         new = [Path(temporary) / path.name for path in made]
         new[0].mkdir()
         for name in ("train", "val"):
-            lines = [
-                [relative(file, home) for file in pair if file]
-                for pair in pairs
-                if (pair in drawn) == (name == "val")
-            ]
-            lines = [
-                " ".join(line)
-                if " ".join(line).split() == line
-                # else with a TAB
-                else "\t".join((*line, "")[:2])
-                for line in lines
-            ]
-            (new[0] / f"{name}.txt").write_text("\n".join([*lines, ""]), encoding="utf-8")
+            entries = [pair for pair in pairs if (pair in drawn) == (name == "val")]
+            lines = [list_line(pair, home) + "\n" for pair in entries]
+            (new[0] / f"{name}.txt").write_text("".join(lines), encoding="utf-8")
         write_json(new[1], content)
         for file, path in zip(new, made):
             file.rename(path)

@@ -1844,7 +1844,7 @@ def publish(name: str, host, monkeypatch, values=VALUES) -> dict:
             a._replace(
                 size=0.001,
                 md5=a.md5 and hashlib.md5(archives[a.name]).hexdigest(),
-                urls=[f"{host.url}/{place}/{a.name}" for place in ("first", "second") if a.urls],
+                hosts=a.hosts and (f"{host.url}/first/", f"{host.url}/second/"),
             )
             for a in data_prep.ARCHIVES[name]
         ],
