@@ -988,9 +988,6 @@ class Targets(NamedTuple):
     padding: torch.Tensor  # bool, True where the crop holds no image
     clip_label: torch.Tensor  # int64, frozen CLIP's label, or IGNORE
 
-    def map(self, change) -> "Targets":  # the same change to each of the four
-        return Targets(*(change(t) for t in self))
-
 
 @torch.no_grad()
 def make_targets(teacher, guidance, w, padding) -> Targets:
@@ -1226,6 +1223,60 @@ def make_optimizer(student: SemiVL, cfg: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW([decoder, vit], weight_decay=cfg.weight_decay)
 
 
+def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: int) -> dict:
+    """The forward and backward passes of one optimiser step, of which the gradients remain.
+    student: SemiVL, perhaps in DistributedDataParallel. teacher: the model that labels. guidance:
+    FrozenGuidance, or None. batch: items of TrainingSet on one device, without "files".
+    Returns the losses of `semivl_loss`, means over micro-batches, and "kept": the share of pixels
+    that have a confident pseudo-label."""
+    device, size = batch["x"].device, len(batch["x"])
+    micro = math.gcd(cfg.micro_batch, size)  # divides this process's share of the batch
+    chunks = [slice(start, start + micro) for start in range(0, size, micro)]
+    images, targets = {"x": batch["x"]}, {}  # view -> its images, and its targets
+
+    # Teacher and frozen CLIP label the weak views.
+    if cfg.unlabelled:
+        parts = []
+        with autocast(cfg, device):
+            for chunk in chunks:
+                w, padding = batch["w"][chunk] / 255, batch["padding"][chunk]
+                parts.append(make_targets(teacher, guidance, w, padding))
+        own = Targets(*(torch.cat(field) for field in zip(*parts)))  # of w; [size, H, W] each
+
+        # CutMix changes images and targets alike. Partners are this process's images in reverse
+        # order (a middle image is not mixed).
+        for view in STRONG_VIEWS:
+            box = batch[f"{view}_box"]
+            images[view] = cutmix(batch[view], batch[view].flip(0), box)
+            targets[view] = Targets(*(cutmix(field, field.flip(0), box) for field in own))
+        images["fp"], targets["fp"] = batch["w"], own  # last, so it is perturbed below
+
+    # The student predicts all views of a micro-batch in one forward; losses; backward.
+    guidance_weight = cfg.guidance * (1 - step / cfg.steps)
+    losses = {}
+    for chunk in chunks:
+        student.require_backward_grad_sync = chunk is chunks[-1]  # DDP: average once per step
+        first = step * cfg.batch + RANK * size + chunk.start
+        torch.manual_seed(cfg.seed * STREAM + STREAM // 2 + first)  # of feature dropout
+        pixels = torch.cat([view[chunk] for view in images.values()]) / 255  # [views * micro, ...]
+        with autocast(cfg, device):
+            logits = student(pixels, num_perturbed=micro if targets else 0)  # "fp" comes last
+        logits_of = dict(zip(images, logits.split(micro)))
+        targets_of = {view: Targets(*(f[chunk] for f in t)) for view, t in targets.items()}
+        y = batch["y"][chunk].long()
+        terms = semivl_loss(
+            logits_of, y, targets_of, guidance_weight, cfg.conf_thresh, cfg.weighting
+        )
+        (terms["total"] / len(chunks)).backward()
+        for name, loss in terms.items():
+            losses[name] = losses.get(name, 0.0) + loss.detach() / len(chunks)
+
+    if targets:
+        sure = (own.confidence >= cfg.conf_thresh) & ~own.padding
+        losses["kept"] = sure.sum() / (~own.padding).sum().clamp(min=1)
+    return losses
+
+
 def ignore_signals(_) -> None:
     """Ctrl-C must reach only the training process, which saves and then ends its loaders."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1325,43 +1376,70 @@ def say_table(corner: str, rows: list[str], columns: dict, form: str) -> None:
         say(f"{name:{wide}}" + "".join(f"{cell:>20}" for cell in row))
 
 
-@known_ends()
-@signal_handlers_put_back()
-def train(  # noqa: C901
-    cfg: Config, folder: Folder | None = None, saved: dict | None = None, log=None
-) -> None:
-    """A whole run. folder: instead of --dataset. saved, log: last.pt and open log, to resume."""
-    # 1. Device, data, CLIP and the words it reads, three networks, optimiser; resume.
-    device, folder = pick_device(cfg.device), folder or open_data(cfg)
-    join_processes(device)
-    torch.manual_seed(cfg.seed)
-    clip, clip_config = load_clip(cfg)  # its name may be wrong; looking at the images takes longer
-    cuda = device.type == "cuda"
-    require(RANK or saved or not cfg.out or is_free(Path(cfg.out)), f"--out {cfg.out} is not empty")
+class Run:
+    """A run's folder: log.jsonl, best.pt with the teacher, last.pt with all that it takes to go on.
+    Process 0 alone writes. modules: name in last.pt -> student, teacher ("model"), optimiser;
+    facts: what else is saved."""
+
+    def __init__(self, path: Path, log, modules: dict, facts: dict):
+        self.path, self.log, self.modules, self.facts = path, log, modules, facts
+        self.step = 0
+        self.last = self.best = -1.0  # validation mIoU
+
+    def load(self, saved: dict) -> None:
+        self.step, self.last, self.best = saved["step"], saved["last"], saved["best"]
+        with blame(self.path / "last.pt"):
+            for name, module in self.modules.items():
+                module.load_state_dict(saved[name])
+
+    def save(self, name: str) -> None:
+        """Replaces the old file when the new one is complete."""
+        content = {  # torch.save writes shared tensors once
+            key: module.state_dict()
+            for key, module in self.modules.items()
+            if key == "model" or name == "last.pt"
+        }
+        content |= dict(step=self.step, last=self.last, best=self.best) | self.facts
+        with blame(f"{self.path / name} (make room; what was saved before is whole)"):
+            torch.save(content, self.path / "new.tmp")
+            (self.path / "new.tmp").replace(self.path / name)
+
+    def write(self, line: dict, evaluated: bool, save_last: bool) -> None:
+        """A step's line of the log, and the checkpoints that are due."""
+        better = self.last > self.best
+        self.best = max(self.best, self.last)
+        if RANK > 0:
+            return
+        self.log.write(to_json(line))
+        if better:
+            self.save("best.pt")
+        if evaluated or save_last:
+            self.save("last.pt")
+        if evaluated:
+            self.log.write(to_json(dict(step=self.step, val_miou=self.last)))
+
+
+def digest_of_lists(folder: Folder) -> str:
+    lists = repr((folder.train, folder.val, folder.test, folder.values)).encode()
+    return hashlib.sha256(lists).hexdigest()
+
+
+def choose_images(folder: Folder, cfg: Config, saved: dict | None) -> tuple[list, list]:
+    """The labelled and unlabelled entries of a run, all of which are opened once."""
     labelled = saved["labelled"] if saved else draw_labelled(folder, cfg.labels, cfg.seed)
     taken = {image for image, _ in labelled}
     unlabelled = [(image, None) for image, _ in folder.train if image not in taken]
     require(unlabelled or not cfg.unlabelled, "no image is left unlabelled: add --unlabelled off")
-    require(cfg.batch % WORLD == 0, f"--batch {cfg.batch} cannot be shared by {WORLD} processes")
-    share = cfg.batch // WORLD  # images of a step for this process
-    require(
-        cfg.decoder == "language" or cfg.unlabelled or math.gcd(cfg.micro_batch, share) > 1,
-        "--decoder vision has batch norm, which needs two images in each forward of a process, of "
-        f"which this one has {math.gcd(cfg.micro_batch, share)}: raise --micro-batch or --batch",
-    )
-    if cfg.unlabelled and share == 1:
-        say("note: each process has one unlabelled image a step: CutMix has no partner for it")
-    require(
-        not saved or [*saved["classes"].items()] == [*folder.classes.items()],
-        f"{folder.path}: other classes than those that the run started with",
-    )
-    lists = repr((folder.train, folder.val, folder.test, folder.values)).encode()
-    digest = hashlib.sha256(lists).hexdigest()  # a run goes on with the lists that it started with
-    require(
-        not saved or saved["digest"] in (digest, None),
-        f"{folder.path}: its lists or 'colors' "
-        f"changed since the run started; add --dataset {cfg.dataset} to go on all the same",
-    )
+    if saved:
+        require(
+            [*saved["classes"].items()] == [*folder.classes.items()],
+            f"{folder.path}: other classes than those that the run started with",
+        )
+        require(
+            saved["digest"] in (digest_of_lists(folder), None),
+            f"{folder.path}: its lists or 'colors' changed since the run started; add --dataset "
+            f"{cfg.dataset} to go on all the same",
+        )
     # Making a named set has shown that its files exist. Of them, only what has a mask is opened.
     folder.check(
         {
@@ -1371,10 +1449,48 @@ def train(  # noqa: C901
             "unlabelled": [] if cfg.dataset in PRESETS else unlabelled,
         }
     )
-    # Without unlabelled images a run is as long as with them, so that the two can be compared.
-    cfg = dataclasses.replace(
-        cfg, steps=cfg.steps or cfg.epochs * max(1, len(unlabelled or labelled) // cfg.batch)
+    return labelled, unlabelled
+
+
+def check_batch(cfg: Config) -> None:
+    """Refuses a batch that the processes cannot share, and says what a very small one loses."""
+    require(cfg.batch % WORLD == 0, f"--batch {cfg.batch} cannot be shared by {WORLD} processes")
+    share = cfg.batch // WORLD
+    micro = math.gcd(cfg.micro_batch, share)
+    require(
+        cfg.decoder == "language" or cfg.unlabelled or micro > 1,
+        "--decoder vision has batch norm, which needs two images in each forward of a process, of "
+        f"which this one has {micro}: raise --micro-batch or --batch",
     )
+    if cfg.unlabelled and share == 1:
+        say("note: each process has one unlabelled image a step: CutMix has no partner for it")
+
+
+def handle_signals(handler) -> None:
+    """Gives Ctrl-C and SIGTERM a handler, in the only thread that may."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+
+
+@known_ends()
+@signal_handlers_put_back()
+def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, log=None) -> None:
+    """A whole run. folder: instead of --dataset. saved, log: last.pt and open log, to resume."""
+    # Device, CLIP, images.
+    device = pick_device(cfg.device)
+    folder = folder or open_data(cfg)
+    join_processes(device)
+    check_batch(cfg)
+    require(RANK or saved or not cfg.out or is_free(Path(cfg.out)), f"--out {cfg.out} is not empty")
+    torch.manual_seed(cfg.seed)
+    clip, clip_config = load_clip(cfg)  # its name may be wrong; looking at the images takes longer
+    labelled, unlabelled = choose_images(folder, cfg, saved)
+    # Without unlabelled images a run is as long as with them, so that the two can be compared.
+    steps_per_epoch = max(1, len(unlabelled or labelled) // cfg.batch)
+    cfg = dataclasses.replace(cfg, steps=cfg.steps or cfg.epochs * steps_per_epoch)
+
+    # Networks. "CLIP by names" only serves to compare.
     text, by_name, concepts, sizes = describe_classes(
         clip, folder.classes, decoder_text=cfg.decoder_text, definitions=cfg.definitions
     )
@@ -1382,164 +1498,118 @@ def train(  # noqa: C901
     del clip  # the text tower has done its work
     frozen = frozen_copy(student.clip)  # before training, and before a checkpoint is loaded
     guidance = FrozenGuidance(frozen, concepts, sizes, cfg.guidance_conf_thresh).to(device)
-    names_only = FrozenGuidance(frozen, by_name, [1] * len(by_name)).to(device)  # only to compare
+    names_only = FrozenGuidance(frozen, by_name, [1] * len(by_name)).to(device)
     ema, optimizer = EMATeacher(student, cfg.ema), make_optimizer(student, cfg)
-    defined = cfg.definitions and any(words != [name] for name, words in folder.classes.items())
-    caption = "CLIP by definitions" if defined else "CLIP by names"
-    trained_title = "SemiVL" if cfg.unlabelled else "labels only"
-    compared = {caption: guidance, trained_title: ema.model}
     parallel = nn.parallel.DistributedDataParallel(student) if WORLD > 1 else student
-    stored = dict(student=student, model=ema.model, optimizer=optimizer)  # "model": the teacher
-    state, out = dict(step=0, last=-1.0, best=-1.0), Path(cfg.out)  # last, best: validation mIoU
+    guidance_or_none = guidance if cfg.guidance else None  # what is not weighed is not computed
+    defined = cfg.definitions and any(words != [name] for name, words in folder.classes.items())
+    clip_title = "CLIP by definitions" if defined else "CLIP by names"
+    trained_title = "SemiVL" if cfg.unlabelled else "labels only"
+    frozen_clips = {"CLIP by names": names_only, clip_title: guidance}
+    compared = {clip_title: guidance, trained_title: ema.model}
+
+    # The run's folder.
+    path = Path(cfg.out)
+    if RANK == 0 and not saved:
+        path = new_run(cfg, labelled)
+        log = open_log(path)
+    facts = dict(
+        config=dataclasses.asdict(cfg),
+        classes=folder.classes,
+        clip=clip_config,
+        labelled=labelled,
+        digest=digest_of_lists(folder),
+    )
+    run = Run(path, log, dict(student=student, model=ema.model, optimizer=optimizer), facts)
     if saved:
-        state = {key: saved[key] for key in state}
-        with blame(f"{cfg.out}/last.pt"):
-            for name, module in stored.items():
-                module.load_state_dict(saved[name])
-    elif RANK == 0:
-        log = open_log(out := new_run(cfg, labelled))
-
-    def save(name):  # replaces the old file when the new one is complete
-        content = {  # torch.save writes shared tensors once
-            key: module.state_dict()
-            for key, module in stored.items()
-            if key == "model" or name == "last.pt"
-        }
-        content |= dict(
-            state,
-            config=dataclasses.asdict(cfg),
-            classes=folder.classes,
-            clip=clip_config,
-            labelled=labelled,
-            digest=digest,
-        )
-        with blame(f"{out / name} (make room; what was saved before is whole)"):
-            torch.save(content, out / "new.tmp")
-            (out / "new.tmp").replace(out / name)
-
+        run.load(saved)
     say(
         f"{len(labelled)} labelled, {len(unlabelled)} unlabelled, {len(folder.val)} validation, "
-        f"{len(folder.test)} test images; {cfg.steps} steps on {device}; writes to {out}"
+        f"{len(folder.test)} test images; {cfg.steps} steps on {device}; writes to {path}"
     )
-    if not saved:
-        for title, model in {"CLIP by names": names_only, caption: guidance}.items():
+    if run.step == 0:
+        for title, model in frozen_clips.items():
             miou = evaluate(model, folder, folder.val[:100], cfg, device).nanmean()
             say(f"frozen {title}: mIoU {miou:.1f} ({len(folder.val[:100])} validation images)")
-    data = TrainingSet(folder, labelled, unlabelled if cfg.unlabelled else [], cfg)
+    if run.step >= cfg.steps:
+        say(f"the run has ended, after {run.step} steps; a larger --steps would go on")
+
     loader = DataLoader(
-        data,
+        TrainingSet(folder, labelled, unlabelled if cfg.unlabelled else [], cfg),
         cfg.batch // WORLD,
         num_workers=min(cfg.workers, os.cpu_count() or 1),
-        sampler=range(state["step"] * cfg.batch + RANK, cfg.steps * cfg.batch, WORLD),
-        pin_memory=cuda,
+        sampler=range(run.step * cfg.batch + RANK, cfg.steps * cfg.batch, WORLD),
+        pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals,
     )
-    stop, times, last_iou, clock = [], [], None, time.perf_counter()
-    if state["step"] >= cfg.steps:
-        say(f"the run has ended, after {state['step']} steps; a larger --steps would go on")
+    stop, times, last_iou = [], [], None
 
     def on_signal(number, _):
         stop.append(number)
         signal.signal(number, signal.default_int_handler)  # the second one ends the program at once
         say("stops after this step")
 
-    may_handle = threading.current_thread() is threading.main_thread()
-    for number in (signal.SIGINT, signal.SIGTERM) if may_handle else ():
-        signal.signal(number, on_signal)
-    for batch in progress(loader, "train", total=cfg.steps, initial=state["step"]):
-        # 2. Rates and the guidance weight.
-        step, files = state["step"], batch.pop("files")
+    handle_signals(on_signal)
+    clock = time.perf_counter()
+    for batch in progress(loader, "train", total=cfg.steps, initial=run.step):
+        # One step; if its loss is not finite, the run stops before a weight changes.
+        files = batch.pop("files")
         batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(group["base_lr"], step, cfg.steps)
-        guidance_weight = cfg.guidance * (1 - step / cfg.steps)
-        # 3. Teacher and frozen CLIP label the weak views. CutMix changes images and targets alike;
-        # partners are this process's batch in reverse order (a middle image is not mixed).
-        images, targets = {"x": batch["x"]}, {}  # view -> its images, and its targets
-        micro = math.gcd(cfg.micro_batch, len(batch["x"]))  # divides this process's share
-        chunks = [slice(i, i + micro) for i in range(0, len(batch["x"]), micro)]
-        if cfg.unlabelled:
-            with autocast(cfg, device):
-                parts = [
-                    make_targets(ema.model, guidance if cfg.guidance else None, w / 255, p)
-                    for w, p in zip(batch["w"].split(micro), batch["padding"].split(micro))
-                ]
-            own = Targets(*map(torch.cat, zip(*parts)))  # [batch, H, W] each
-            for view in data.views:
-                paste = lambda t: cutmix(t, t.flip(0), batch[f"{view}_box"])  # noqa: B023, E731
-                images[view], targets[view] = paste(batch[view]), own.map(paste)
-            images["fp"], targets["fp"] = batch["w"], own  # last, so it is perturbed below
-        # 4. The student predicts all views of a micro-batch in one forward; losses; backward.
-        losses = {}
-        for c in chunks:
-            parallel.require_backward_grad_sync = c is chunks[-1]  # DDP: average once per step
-            unique = step * cfg.batch + RANK * len(batch["x"]) + c.start
-            torch.manual_seed(cfg.seed * STREAM + STREAM // 2 + unique)  # of feature dropout
-            pixels = torch.cat([t[c] for t in images.values()]) / 255  # [views * micro, ...]
-            with autocast(cfg, device):
-                logits = parallel(pixels, num_perturbed=micro if targets else 0)  # "fp" comes last
-            terms = semivl_loss(
-                dict(zip(images, logits.split(micro))),
-                batch["y"][c].long(),
-                {view: t.map(lambda a: a[c]) for view, t in targets.items()},  # noqa: B023
-                guidance_weight,
-                cfg.conf_thresh,
-                cfg.weighting,
-            )
-            (terms["total"] / len(chunks)).backward()
-            for name, loss in terms.items():
-                losses[name] = losses.get(name, 0.0) + loss.detach() / len(chunks)
-        # 5. If the loss is not finite, stop before a weight changes. Optimiser; teacher.
-        if targets:  # share of pixels with a confident pseudo-label
-            sure = (own.confidence >= cfg.conf_thresh) & ~own.padding
-            losses["kept"] = sure.sum() / (~own.padding).sum().clamp(min=1)
+            group["lr"] = learning_rate(group["base_lr"], run.step, cfg.steps)
+        losses = training_step(parallel, ema.model, guidance_or_none, batch, cfg, run.step)
         means = sum_over_processes(torch.stack([*losses.values()]) / WORLD).tolist()
         line = dict(zip(losses, means), lr=[group["lr"] for group in optimizer.param_groups])
         require(
             math.isfinite(line["total"]),
-            f"step {step + 1}: the loss is {line['total']}. "
+            f"step {run.step + 1}: the loss is {line['total']}. "
             f"Lower --lr, or look at these files: {' '.join(files)}",
         )
         optimizer.step()
         optimizer.zero_grad()
-        for buffer in student.buffers() if WORLD > 1 else ():
-            dist.broadcast(buffer, 0)  # batch-norm statistics: each process had its own
-        ema.update(student, step)
-        # 6. Log; now and then evaluate, draw, save.
-        state["step"] = step = step + 1
+        broadcast_buffers(student)
+        ema.update(student, run.step)
+
+        # Evaluate, write, draw; leave after a signal to any process.
+        run.step += 1
         times.append(time.perf_counter() - clock)
-        line |= dict(step=step, seconds=times[-1])
-        evaluate_now = step % math.ceil(cfg.steps / cfg.evals) == 0 or step == cfg.steps
+        line |= dict(step=run.step, seconds=times[-1])
+        evaluate_now = run.step % math.ceil(cfg.steps / cfg.evals) == 0 or run.step == cfg.steps
         if evaluate_now:
             last_iou = evaluate(ema.model, folder, folder.val, cfg, device)
-            state["last"] = float(last_iou.nanmean())
+            run.last = float(last_iou.nanmean())
             say(
-                f"step {step}: loss {line['total']:.3f}, kept {line.get('kept', math.nan):.2f}, "
-                f"validation mIoU {state['last']:.1f}, {np.median(times[1:] or times):.3g} s/step"
-                + (f", {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if cuda else "")
+                f"step {run.step}: loss {line['total']:.3f}, kept {line.get('kept', math.nan):.2f}"
+                f", validation mIoU {run.last:.1f}, {np.median(times[1:] or times):.3g} s/step"
+                + peak_memory(device)
             )
-        better, state["best"] = state["last"] > state["best"], max(state["best"], state["last"])
-        # 7. After a signal to any process, process 0 saves and all leave.
         stopping = sum_over_processes(torch.tensor(len(stop), device=device)) > 0
-        if RANK == 0:
-            log.write(to_json(line))
-            if better:
-                save("best.pt")
-            if evaluate_now or stopping or step % cfg.save_every == 0:
-                save("last.pt")
-            if evaluate_now:
-                log.write(to_json(dict(step=step, val_miou=state["last"])))
-                save_sheet(out / "sheet.png", folder, compared, cfg, device)
+        run.write(line, evaluate_now, bool(stopping) or run.step % cfg.save_every == 0)
+        if evaluate_now and RANK == 0:
+            save_sheet(path / "sheet.png", folder, compared, cfg, device)
         if stopping:
-            say(f"stopped after step {step}; go on by --resume {out}")
+            say(f"stopped after step {run.step}; go on by --resume {path}")
             raise KeyboardInterrupt
         clock = time.perf_counter()
-    for number in (signal.SIGINT, signal.SIGTERM) if may_handle else ():
-        signal.signal(number, signal.default_int_handler)  # the table may be interrupted at once
+
+    handle_signals(signal.default_int_handler)  # the table may be interrupted at once
     models = {"CLIP by names": names_only} | compared
     measured = {} if folder.test or last_iou is None else {trained_title: last_iou}
-    scores = dict(val_last=state["last"], val_best=state["best"])
-    report(models, folder, cfg, device, out, measured, scores)
+    report(models, folder, cfg, device, path, measured, dict(val_last=run.last, val_best=run.best))
+
+
+def broadcast_buffers(student: nn.Module) -> None:
+    """Batch-norm statistics: each process had its own; those of process 0 are taken."""
+    if WORLD > 1:
+        for buffer in student.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def peak_memory(device: torch.device) -> str:
+    """The end of a line that says how much memory of the GPU was needed at most."""
+    if device.type != "cuda":
+        return ""
+    return f", {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
 
 
 def report(models: dict, folder: Folder, cfg: Config, device, out=None, measured=None, scores=None):

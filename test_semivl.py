@@ -295,27 +295,21 @@ def test_losses_and_gradients_of_a_step_equal_the_authors(conf, factor, known, n
     monkeypatch.setattr(F, "dropout2d", drop_odd_channels)
     student = authors_model(factor=factor)
     guidance = semivl.FrozenGuidance(semivl.frozen_copy(student.clip), *CONCEPTS, 0.7)
-    x, w, s1, s2 = map(pixels, (11, 12, 13, 14))
+    batch = {name: 255 * pixels(11 + n) for n, name in enumerate(("x", "w", "s1", "s2"))}
     y = torch.from_numpy(np.random.RandomState(15).randint(0, 5, (2, 128, 128)))
     padding = torch.zeros(2, 128, 128, dtype=torch.bool)
     y[:, :8], padding[0, -16:] = IGNORE, True
-    own = semivl.make_targets(semivl.EMATeacher(student, 0).model, guidance, w, padding)
-    images, targets = {"x": x}, {}
-    for name, view, box in (
-        ("s1", s1, [[64, 16, 128, 80], [0, 0, 0, 0]]),
-        ("s2", s2, [[64, 64, 128, 128]] * 2),
-    ):
-        paste = lambda mine: semivl.cutmix(mine, mine.flip(0), torch.tensor(box))  # noqa: B023, E731
-        images[name], targets[name] = paste(view), own.map(paste)
-    images["fp"], targets["fp"] = w, own
-    logits = student(torch.cat([*images.values()]), num_perturbed=2).split(2)
-    losses = semivl.semivl_loss(dict(zip(images, logits)), y, targets, 0.075, conf)
-    losses["total"].backward()
+    boxes = [[64, 16, 128, 80], [0, 0, 0, 0]], [[64, 64, 128, 128]] * 2
+    batch |= dict(
+        y=y, padding=padding, s1_box=torch.tensor(boxes[0]), s2_box=torch.tensor(boxes[1])
+    )
+    cfg = Config(batch=2, conf_thresh=conf, steps=4)
+    teacher = semivl.EMATeacher(student, 0).model
+    losses = semivl.training_step(student, teacher, guidance, batch, cfg, step=1)
+    del losses["kept"]
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
         dict(zip(LOSSES, known)), rel=0, abs=1e-5
     )
-    assert (targets["s1"].clip_label == IGNORE).sum() == 12766
-    assert (own.clip_label == 4).sum() == 12364
     for group, norm in zip(GROUPS, norms, strict=True):
         square = sum(
             p.grad.double().square().sum()
@@ -323,6 +317,8 @@ def test_losses_and_gradients_of_a_step_equal_the_authors(conf, factor, known, n
             if name.startswith(group) and p.grad is not None
         )
         assert math.sqrt(square) == pytest.approx(norm, rel=1e-4), group
+    own = semivl.make_targets(teacher, guidance, batch["w"] / 255, padding)
+    assert (own.clip_label == 4).sum() == 12364
 
 
 def test_window_average_equals_the_authors(authors):
@@ -680,7 +676,8 @@ def test_cutmix_moves_image_and_all_targets_together():
         for v in (value, expected)
     )
     assert torch.equal(semivl.cutmix(image, image.flip(0), box), mixed)
-    assert all(map(torch.equal, mine.map(lambda t: semivl.cutmix(t, t.flip(0), box)), right))
+    fields = [semivl.cutmix(field, field.flip(0), box) for field in mine]
+    assert all(map(torch.equal, fields, right))
 
 
 def test_miou_is_over_the_classes_that_occur():
