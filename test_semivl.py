@@ -1805,16 +1805,12 @@ VALUES = (0, 1, 150, *range(3, 34))
 def small_archives(name: str, values=VALUES) -> dict:
     """Archive -> its bytes. All images and masks are one picture that holds these values."""
     Image.fromarray(np.resize(np.uint8(values), (20, 30))).save(image := io.BytesIO(), "PNG")
-    return {
-        archive.name: packed(
-            archive.name,
-            FOREIGN
-            | {
-                path.format(n, n[-12:]): image.getvalue() for path in paths for n in WORLDS[name][0]
-            },
-        )
-        for archive, paths in zip(data_prep.ARCHIVES[name], WORLDS[name][2])
-    }
+    archives = {}
+    for archive, paths in zip(data_prep.ARCHIVES[name], WORLDS[name][2]):
+        places = [path.format(n, n[-12:]) for path in paths for n in WORLDS[name][0]]
+        members = FOREIGN | dict.fromkeys(places, image.getvalue())
+        archives[archive.name] = packed(archive.name, members)
+    return archives
 
 
 def publish(name: str, host, monkeypatch, values=VALUES) -> dict:
