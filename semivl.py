@@ -205,6 +205,8 @@ def blame(what):
     except KeyError as error:
         raise UserError(f"{what}: has no {error}") from None
     except Exception as error:  # PIL, json, torch and the network all raise what they like
+        if str(error).startswith("DataLoader worker"):  # known_ends explains it
+            raise
         reason = (getattr(error, "strerror", None) or "").lower() or str(error) or repr(error)
         raise UserError(f"{what}: {' '.join(reason.split())[:300]}") from None
 
@@ -1179,10 +1181,13 @@ def pick_device(name: str) -> torch.device:
     GPU of its LOCAL_RANK."""
     with blame(f"--device {name}"):
         found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        if WORLD > 1 and torch.device(found).type != "cuda":
+            found = "cpu"  # gloo, by which processes then talk, knows no other
         device = torch.device(found if name == "auto" else name)
         if WORLD > 1 and device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)  # else each process would also open GPU 0
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # else this process would also open GPU 0
         torch.zeros(1, device=device).cpu()
     return device
 
@@ -1223,10 +1228,16 @@ def make_optimizer(student: SemiVL, cfg: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW([decoder, vit], weight_decay=cfg.weight_decay)
 
 
+def set_rates(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(group["base_lr"], step, steps)
+
+
 def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: int) -> dict:
-    """The forward and backward passes of one optimiser step, of which the gradients remain.
+    """Forward and backward passes of optimiser step `step` (from 0) of cfg.steps: gradients are
+    added to those of the student's parameters. Sets torch's seed, for feature dropout.
     student: SemiVL, perhaps in DistributedDataParallel. teacher: the model that labels. guidance:
-    FrozenGuidance, or None. batch: items of TrainingSet on one device, without "files".
+    FrozenGuidance, or None. batch: stacked items of TrainingSet on one device, without "files".
     Returns the losses of `semivl_loss`, means over micro-batches, and "kept": the share of pixels
     that have a confident pseudo-label."""
     device, size = batch["x"].device, len(batch["x"])
@@ -1284,50 +1295,67 @@ def ignore_signals(_) -> None:
         os.setpgid(0, 0)
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a scheduler sends
+
+
+def handle_signals(handlers: list) -> list:
+    """Gives STOP_SIGNALS these handlers and returns the former ones. Only the main thread may set
+    any; elsewhere nothing happens."""
+    if threading.current_thread() is not threading.main_thread():
+        return handlers
+    former = [signal.getsignal(number) for number in STOP_SIGNALS]
+    for number, handler in zip(STOP_SIGNALS, handlers):
+        if handler is not None:  # None: not installed by Python
+            signal.signal(number, handler)
+    return former
+
+
 @contextlib.contextmanager
 def signal_handlers_put_back():
-    """After its block Ctrl-C and SIGTERM are the caller's again, in the only thread that may."""
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """After its block STOP_SIGNALS are the caller's again."""
+    former = handle_signals([None, None])
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            if handler is not None:  # None: not installed by Python
-                signal.signal(number, handler)
+        handle_signals(former)
 
 
 @contextlib.contextmanager
 def known_ends():
-    """Turns into a UserError what ends a run without being a bug."""
+    """Turns into a UserError what ends the program without being a bug."""
     try:
         yield
     except UserError as error:  # one of a loader process has that process's traceback in front
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
-    except torch.OutOfMemoryError:
-        advice = "try --micro-batch 1, --recompute on or a smaller --crop"
-        raise UserError(f"the GPU's memory is too small: {advice}") from None
-    except RuntimeError as error:
-        # If a loader process is killed, torch raises this wherever the training process is.
-        killed = str(error).startswith("DataLoader worker (pid")
-        if not killed and "allocate shared memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        text = str(error).strip()
+        advice = None
+        if "out of memory" in text or "can't allocate memory" in text:
+            advice = (
+                "training: --micro-batch 1, --recompute on; else a smaller image or --device cpu"
+            )
+        # If a loader process is killed, torch raises this wherever the main process is.
+        if text.startswith("DataLoader worker (pid") or "allocate shared memory" in text:
+            advice = "--workers 0 loads images without other processes"
+        if not advice:
             raise
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{reason} (--workers 0 loads images without other processes)") from None
+        raise UserError(f"{text.splitlines()[-1][:200]} ({advice})") from None
 
 
-def is_free(path: Path) -> bool:
-    """Whether a run may write there: nothing is there, or an empty folder."""
-    return not path.exists() or path.is_dir() and not any(path.iterdir())
+def check_out(cfg: Config) -> None:
+    """Refuses an --out that is not empty. Process 0 alone looks, as it may have written there."""
+    path = Path(cfg.out)
+    free = not path.exists() or path.is_dir() and not any(path.iterdir())
+    require(RANK > 0 or not cfg.out or free, f"--out {cfg.out} is not empty")
 
 
 def numbered_folder(base: Path) -> Path:
     """Makes BASE, or BASE-2, BASE-3, ...: of two runs that start at once, one takes the next."""
+    base.parent.mkdir(parents=True, exist_ok=True)
     path, number = base, 1
     while True:
         try:
-            path.mkdir(parents=True)
+            path.mkdir()
             return path
         except FileExistsError:
             number += 1
@@ -1337,6 +1365,7 @@ def numbered_folder(base: Path) -> Path:
 def new_run(cfg: Config, labelled: list) -> Path:
     """Makes the run's folder, with the list of labelled images and a copy of this file in it."""
     if cfg.out:
+        check_out(cfg)  # again: another run may have started meanwhile
         path = Path(cfg.out)
         path.mkdir(parents=True, exist_ok=True)
     else:
@@ -1425,7 +1454,8 @@ def digest_of_lists(folder: Folder) -> str:
 
 
 def choose_images(folder: Folder, cfg: Config, saved: dict | None) -> tuple[list, list]:
-    """The labelled and unlabelled entries of a run, all of which are opened once."""
+    """The labelled and unlabelled entries of a run. Checks them, and the validation and test
+    images; of a run that is resumed, whether the folder is still the same."""
     labelled = saved["labelled"] if saved else draw_labelled(folder, cfg.labels, cfg.seed)
     taken = {image for image, _ in labelled}
     unlabelled = [(image, None) for image, _ in folder.train if image not in taken]
@@ -1433,7 +1463,7 @@ def choose_images(folder: Folder, cfg: Config, saved: dict | None) -> tuple[list
     if saved:
         require(
             [*saved["classes"].items()] == [*folder.classes.items()],
-            f"{folder.path}: other classes than those that the run started with",
+            f"{folder.path}: other classes or definitions than the run started with",
         )
         require(
             saved["digest"] in (digest_of_lists(folder), None),
@@ -1459,30 +1489,21 @@ def check_batch(cfg: Config) -> None:
     micro = math.gcd(cfg.micro_batch, share)
     require(
         cfg.decoder == "language" or cfg.unlabelled or micro > 1,
-        "--decoder vision has batch norm, which needs two images in each forward of a process, of "
-        f"which this one has {micro}: raise --micro-batch or --batch",
+        "--decoder vision has batch norm, which cannot train on one image per forward: raise "
+        + ("--batch" if share == 1 else "--micro-batch"),
     )
     if cfg.unlabelled and share == 1:
         say("note: each process has one unlabelled image a step: CutMix has no partner for it")
 
 
-def handle_signals(handler) -> None:
-    """Gives Ctrl-C and SIGTERM a handler, in the only thread that may."""
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handler)
-
-
-@known_ends()
 @signal_handlers_put_back()
 def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, log=None) -> None:
     """A whole run. folder: instead of --dataset. saved, log: last.pt and open log, to resume."""
     # Device, CLIP, images.
+    check_batch(cfg)
     device = pick_device(cfg.device)
     folder = folder or open_data(cfg)
     join_processes(device)
-    check_batch(cfg)
-    require(RANK or saved or not cfg.out or is_free(Path(cfg.out)), f"--out {cfg.out} is not empty")
     torch.manual_seed(cfg.seed)
     clip, clip_config = load_clip(cfg)  # its name may be wrong; looking at the images takes longer
     labelled, unlabelled = choose_images(folder, cfg, saved)
@@ -1500,7 +1521,11 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
     guidance = FrozenGuidance(frozen, concepts, sizes, cfg.guidance_conf_thresh).to(device)
     names_only = FrozenGuidance(frozen, by_name, [1] * len(by_name)).to(device)
     ema, optimizer = EMATeacher(student, cfg.ema), make_optimizer(student, cfg)
-    parallel = nn.parallel.DistributedDataParallel(student) if WORLD > 1 else student
+    parallel = (
+        nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
+        if WORLD > 1
+        else student
+    )
     guidance_or_none = guidance if cfg.guidance else None  # what is not weighed is not computed
     defined = cfg.definitions and any(words != [name] for name, words in folder.classes.items())
     clip_title = "CLIP by definitions" if defined else "CLIP by names"
@@ -1546,17 +1571,17 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
 
     def on_signal(number, _):
         stop.append(number)
-        signal.signal(number, signal.default_int_handler)  # the second one ends the program at once
         say("stops after this step")
+        if number == signal.SIGINT:  # a second Ctrl-C ends the program at once
+            signal.signal(number, signal.default_int_handler)
 
-    handle_signals(on_signal)
+    handle_signals([on_signal, on_signal])
     clock = time.perf_counter()
     for batch in progress(loader, "train", total=cfg.steps, initial=run.step):
         # One step; if its loss is not finite, the run stops before a weight changes.
         files = batch.pop("files")
         batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(group["base_lr"], run.step, cfg.steps)
+        set_rates(optimizer, run.step, cfg.steps)
         losses = training_step(parallel, ema.model, guidance_or_none, batch, cfg, run.step)
         means = sum_over_processes(torch.stack([*losses.values()]) / WORLD).tolist()
         line = dict(zip(losses, means), lr=[group["lr"] for group in optimizer.param_groups])
@@ -1589,10 +1614,12 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
             save_sheet(path / "sheet.png", folder, compared, cfg, device)
         if stopping:
             say(f"stopped after step {run.step}; go on by --resume {path}")
+            # The others wait until process 0 has saved: torchrun ends all after the first.
+            sum_over_processes(torch.zeros(1, device=device))
             raise KeyboardInterrupt
         clock = time.perf_counter()
 
-    handle_signals(signal.default_int_handler)  # the table may be interrupted at once
+    handle_signals([signal.default_int_handler] * 2)  # the table may be interrupted at once
     models = {"CLIP by names": names_only} | compared
     measured = {} if folder.test or last_iou is None else {trained_title: last_iou}
     report(models, folder, cfg, device, path, measured, dict(val_last=run.last, val_best=run.best))
@@ -1819,7 +1846,8 @@ def save_sheet(file: Path, folder: Folder, models: dict, cfg: Config, device) ->
 def image_files(names: list[str]) -> list[Path]:
     """The files that are named; of a folder or a wildcard, which not every shell expands, those
     that are images."""
-    files, suffixes = [], Image.registered_extensions()
+    files = []
+    readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     for name in map(Path, names):
         found = [name]
         if name.is_dir():
@@ -1827,8 +1855,9 @@ def image_files(names: list[str]) -> list[Path]:
         elif not name.exists() and glob.has_magic(str(name)):
             found = [Path(path) for path in sorted(glob.glob(str(name)))]
         if found != [name]:
-            found = [f for f in found if f.is_file() and f.suffix.lower() in suffixes]
-            found = [f for f in found if not f.name.startswith(".")]
+            found = [f for f in found if f.is_file() and f.suffix.lower() in readable]
+            ours = ("-mask.png", "-overlay.png")  # what --predict has written
+            found = [f for f in found if f.name[0] != "." and not f.name.endswith(ours)]
             require(found, f"{name}: no image there")
         files += found
     return files
@@ -1840,6 +1869,7 @@ def predict(checkpoint: str, images: list[str], typed: dict) -> None:
     files = image_files(images)
     model, cfg, classes = load_checkpoint(checkpoint, **typed)
     device, problems = pick_device(cfg.device), []
+    model.to(device)
     out = Path(cfg.out or Path(checkpoint).parent / "predictions")
     out.mkdir(parents=True, exist_ok=True)
     for file in progress(files, "predict"):
@@ -1849,7 +1879,7 @@ def predict(checkpoint: str, images: list[str], typed: dict) -> None:
             name = f"{file.stem}-{number}"
         try:
             image = read_image(file)
-            label, _ = segment(model.to(device), image, cfg, device)
+            label, _ = segment(model, image, cfg, device)
             mask = colour_mask(label, classes)
             overlay = Image.blend(VF.to_pil_image(image), mask.convert("RGB"), 0.55)
             overlay.save(out / f"{name}-overlay.png")
@@ -1869,7 +1899,7 @@ def benchmark(cfg: Config) -> None:
     noise.image = lambda entry: torch.randint(256, (3, *size), dtype=torch.uint8)
     noise.mask = lambda entry: torch.zeros(size, dtype=torch.uint8)
     noise.check = lambda lists: None
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         changes = dict(labels=cfg.batch, steps=4, evals=1, workers=0, out=f"{place}/run")
         train(dataclasses.replace(cfg, clip_weights="none", conv_weights="none", **changes), noise)
 
@@ -1902,43 +1932,55 @@ def parse_args(argv) -> tuple[argparse.Namespace, dict]:
     }
 
 
+def run_command(argv) -> None:
+    """Does what the command line says."""
+    args, typed = parse_args(argv)
+    allowed = {"device", "dataset", "root", "workers"}  # when a checkpoint has the settings
+    if args.resume is None:
+        allowed |= {"out", "stride"}
+    else:  # on another machine, or for longer
+        allowed |= {"steps", "micro_batch", "recompute", "clip_weights"}
+    wrong = [name for name in typed if name not in allowed]
+    new = all(action is None for action in (args.resume, args.eval, args.predict))
+    require(new or not wrong, f"not to be given here: {', '.join(map(option, wrong))}")
+    if args.resume is not None:
+        file = (run := Path(args.resume)) / "last.pt"
+        require(file.is_file(), f"{run}: not a run's folder with last.pt")
+        log = open_log(run) if RANK == 0 else None
+        saved = load_file(
+            file,
+            *"model config classes student optimizer labelled digest step last best".split(),
+        )
+        with blame(file):
+            cfg = Config(**saved["config"] | typed | dict(out=args.resume))
+        if "dataset" in typed:
+            saved["digest"] = None  # the user vouches for changed lists
+        train(cfg, None, saved, log)
+    elif args.eval is not None:
+        model, cfg, classes = load_checkpoint(args.eval, **typed)
+        check_out(cfg)
+        folder, device = open_data(cfg), pick_device(cfg.device)
+        join_processes(device)
+        require([*folder.classes] == [*classes], f"{folder.path}: other classes")
+        folder.check({"validation": folder.val, "test": folder.test})
+        out = new_run(cfg, []) if cfg.out and RANK == 0 else None
+        report({"SemiVL": model.to(device)}, folder, cfg, device, out)
+    elif args.predict:
+        if RANK == 0:  # one process does all
+            predict(args.predict[0], args.predict[1:], typed)
+    else:
+        preset = PRESETS.get(typed.get("dataset", "toy"), {})
+        cfg = Config(**preset | ({"steps": 0} if "epochs" in typed else {}) | typed)
+        check_out(cfg)
+        benchmark(cfg) if args.benchmark else train(cfg)
+    leave_processes()
+
+
 def main(argv=None) -> int:
     """Runs the command line; exit code 2 and one line for a user's mistake, 130 for Ctrl-C."""
     try:
-        args, typed = parse_args(argv)
-        allowed = {"device", "dataset", "root", "workers"}  # when a checkpoint has the settings
-        allowed |= {"out", "stride"} if args.resume is None else {"steps"}
-        wrong = [name for name in typed if name not in allowed]
-        new = all(action is None for action in (args.resume, args.eval, args.predict))
-        require(new or not wrong, f"not to be given here: {', '.join(map(option, wrong))}")
-        if args.resume is not None:
-            file = (run := Path(args.resume)) / "last.pt"
-            require(file.is_file(), f"{run}: not a run's folder with last.pt")
-            log = open_log(run) if RANK == 0 else None
-            saved = load_file(
-                file,
-                *"model config classes student optimizer labelled digest step last best".split(),
-            )
-            with blame(file):
-                cfg = Config(**saved["config"] | typed | dict(out=args.resume))
-            train(cfg, None, saved | {"digest": None} if "dataset" in typed else saved, log)
-        elif args.eval is not None:
-            model, cfg, classes = load_checkpoint(args.eval, **typed)
-            folder, device = open_data(cfg), pick_device(cfg.device)
-            join_processes(device)
-            require([*folder.classes] == [*classes], f"{folder.path}: other classes")
-            folder.check({"validation": folder.val, "test": folder.test})
-            require(not cfg.out or is_free(Path(cfg.out)), f"--out {cfg.out} is not empty")
-            out = new_run(cfg, []) if cfg.out and RANK == 0 else None
-            report({"SemiVL": model.to(device)}, folder, cfg, device, out)
-        elif args.predict:
-            if RANK == 0:  # one process does all
-                predict(args.predict[0], args.predict[1:], typed)
-        else:
-            preset = PRESETS.get(typed.get("dataset", "toy"), {})
-            cfg = Config(**preset | ({"steps": 0} if "epochs" in typed else {}) | typed)
-            benchmark(cfg) if args.benchmark else train(cfg)
-        leave_processes()
+        with known_ends():
+            run_command(argv)
         return 0
     except KeyboardInterrupt:
         print("semivl.py: interrupted", file=sys.stderr)

@@ -306,7 +306,9 @@ def test_losses_and_gradients_of_a_step_equal_the_authors(conf, factor, known, n
     cfg = Config(batch=2, conf_thresh=conf, steps=4)
     teacher = semivl.EMATeacher(student, 0).model
     losses = semivl.training_step(student, teacher, guidance, batch, cfg, step=1)
-    del losses["kept"]
+    own = semivl.make_targets(teacher, guidance, batch["w"] / 255, padding)
+    kept = (own.confidence[~padding] >= conf).double().mean().item()
+    assert losses.pop("kept").item() == pytest.approx(kept, rel=1e-6)
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
         dict(zip(LOSSES, known)), rel=0, abs=1e-5
     )
@@ -317,7 +319,6 @@ def test_losses_and_gradients_of_a_step_equal_the_authors(conf, factor, known, n
             if name.startswith(group) and p.grad is not None
         )
         assert math.sqrt(square) == pytest.approx(norm, rel=1e-4), group
-    own = semivl.make_targets(teacher, guidance, batch["w"] / 255, padding)
     assert (own.clip_label == 4).sum() == 12364
 
 
@@ -476,11 +477,12 @@ def test_what_would_be_computed_wrongly_is_refused():
         (semivl.window_starts, 1, 1, 1, "logit"),
         (semivl.consistency_loss, *[None] * 5, "pixels"),
         (semivl.semivl_loss, {}, None, {}, 0.1, 0.95, "Mean"),
-        (semivl.sliding_window, None, torch.zeros(1, 3, 9, 9), 4, 5),
     ):
-        with pytest.raises(ValueError):
-            [*(function(*arguments) or ())]  # a generator starts when it is asked
-    with pytest.raises(ValueError):
+        with pytest.raises(semivl.UserError):
+            function(*arguments)
+    with pytest.raises(semivl.UserError):
+        next(semivl.sliding_window(None, torch.zeros(1, 3, 9, 9), window=4, stride=5))
+    with pytest.raises(semivl.UserError):
         semivl.describe_classes(None, {}, decoder_text="Mean")
 
 
@@ -542,6 +544,7 @@ def written_out_block(block, x, activation, eps):
 
 
 def test_clip_computes_quickgelu_and_the_authors_gelu_with_their_eps():
+    torch.manual_seed(0)
     x = 0.01 * random_normal(1, (1, 5, 768))  # of a variance that feels eps
     expected = {
         False: (lambda z: z * torch.sigmoid(1.702 * z), 1e-5, open_clip.OPENAI_DATASET_MEAN),
@@ -556,7 +559,7 @@ def test_clip_computes_quickgelu_and_the_authors_gelu_with_their_eps():
             if name.endswith("bias"):
                 parameter.data.zero_()
         known = written_out_block(block, x, activation, eps)
-        torch.testing.assert_close(block(x), known, rtol=0, atol=1e-6)
+        torch.testing.assert_close(block(x), known, rtol=0, atol=1e-5)
         assert student.clip.mean.flatten().tolist() == pytest.approx(mean)
 
 
@@ -567,7 +570,7 @@ def test_deeplab_reads_the_deep_skip_beside_the_embedding():
     assert logits.shape == (1, 21, 6, 8)
     assert not torch.equal(logits, decoder(dense, (None, deep + 1)))
     convolutions = [
-        (c.in_channels, c.out_channels, *c.kernel_size[:1], *c.dilation[:1])
+        (c.in_channels, c.out_channels, c.kernel_size[0], c.dilation[0])
         for c in decoder.modules()
         if isinstance(c, nn.Conv2d)
     ]
@@ -975,7 +978,7 @@ def test_strong_views_have_the_published_strength():
 
     # Brightness: of grey, only brightness changes.
     bright = strong_views(uniform(100, 100, 100), 300)[:, 0, 16, 16].double() / 100
-    assert 0.48 < bright.min() < 0.55 and 1.45 < bright.max() < 1.52
+    assert 0.46 < bright.min() < 0.55 and 1.45 < bright.max() < 1.52
     assert (bright == 1).double().mean().item() == pytest.approx(0.2, abs=0.06)  # jitter: 0.8
     # Contrast: the difference of two greys beside their mean, which was 0.4.
     greys = uniform(100, 100, 100).clone()
@@ -990,7 +993,7 @@ def test_strong_views_have_the_published_strength():
     coloured = reds[reds.amax(1) > reds.amin(1)] / 255
     hue, saturation, _ = np.array([colorsys.rgb_to_hsv(*red) for red in coloured.tolist()]).T
     turn = (hue + 0.5) % 1 - 0.5
-    assert -0.26 <= turn.min() < -0.22 and 0.22 < turn.max() <= 0.26
+    assert -0.27 < turn.min() < -0.22 and 0.22 < turn.max() < 0.27
     assert saturation.min() < 0.17 and saturation.max() > 0.65  # 0.4 before; contrast adds to it
     # Blur: how much of a point's light stays at its place; for sigma 2 it is 4 %.
     point = uniform(0, 0, 0).clone()
@@ -1123,7 +1126,7 @@ class Stream:  # what a notebook has in the place of a stream
     def isatty(self):
         return False
 sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
-del torch.distributed.is_torchelastic_launched, torch.distributed.is_initialized
+del torch.distributed.is_torchelastic_launched
 torch.distributed.is_available = lambda: False
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -1156,8 +1159,10 @@ def test_a_bug_keeps_its_traceback(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "error, told",
     [
-        (torch.OutOfMemoryError("CUDA out of memory"), "try --micro-batch 1"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "--micro-batch 1"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "--micro-batch 1"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "--workers 0"),
+        (RuntimeError("Caught it\nRuntimeError: unable to allocate shared memory"), "--workers 0"),
     ],
 )
 def test_an_end_that_is_no_bug_has_one_line(error, told, folder, tmp_path, monkeypatch, capsys):
@@ -1186,6 +1191,11 @@ def test_clip_is_looked_at_before_the_images(folder, tmp_path, monkeypatch):
 
 
 def test_a_third_strong_view_is_one_more_key(folder, tmp_path, monkeypatch):
+    def make_targets(teacher, guidance, *more, old=semivl.make_targets):
+        assert not teacher.training and isinstance(guidance, semivl.FrozenGuidance)
+        return old(teacher, guidance, *more)
+
+    monkeypatch.setattr(semivl, "make_targets", make_targets)
     monkeypatch.setitem(semivl.STRONG_VIEWS, "s3", lambda w: 255 - w)
     assert run(folder, tmp_path / "run", "--steps", 2) == 0
     for line in logged(tmp_path / "run"):
@@ -1198,43 +1208,38 @@ def test_a_third_strong_view_is_one_more_key(folder, tmp_path, monkeypatch):
         assert line["total"] == pytest.approx((line["x"] + L) / 2 + G, rel=1e-5)
 
 
-def test_every_view_is_trained_with_the_targets_of_its_pixels(folder, tmp_path, monkeypatch):
-    # Here the pixels of w determine its targets, and strong views change no colour. So the pixels
-    # of each view, also those that CutMix has pasted, must go with the targets of that view.
-    def targets_of(w, padding):
-        red, green, blue = (255 * w).round().long().unbind(1)
-        return Targets(red % 6, green / 255, padding, blue % 6)
+def test_every_view_goes_with_the_targets_of_its_pixels(monkeypatch):
+    # Here the colours of w say what its targets are, and strong views are w itself. So after CutMix
+    # the colours of each view, also those that were pasted, must still say its targets.
+    def targets_of(images):
+        red, green, blue = (255 * images).round().long().unbind(1)
+        return Targets(red % 6, green / 255, (images == 0).all(1), blue % 6)
 
-    student_saw, pasted, seeds = [], [], set()
+    def student(images, num_perturbed):
+        assert num_perturbed == 2
+        seeds.add(torch.initial_seed())
+        return images  # for logits
 
-    def forward(self, images, num_perturbed=0, old=semivl.SemiVL.forward):
-        if self.training:
-            student_saw.append((images, num_perturbed))
-            seeds.add(torch.initial_seed())
-        return old(self, images, num_perturbed)
-
-    def loss(logits, y, targets, *more, old=semivl.semivl_loss):
-        images, num_perturbed = student_saw[-1]
-        assert [*logits] == ["x", "s1", "s2", "fp"] and num_perturbed == len(y) == 2
-        views = dict(zip(logits, images.split(2), strict=True))
+    def loss(logits, y, targets, *more):
+        assert [*logits] == ["x", "s1", "s2", "fp"] and [*targets] == ["s1", "s2", "fp"]
         for view, known in targets.items():
-            padding = (views[view] == 0).all(1)
-            assert all(map(torch.equal, known, targets_of(views[view], padding)))
-        pasted.append((views["s1"] != views["fp"]).any() or (views["s2"] != views["fp"]).any())
-        return old(logits, y, targets, *more)
+            assert all(map(torch.equal, known, targets_of(logits[view])))
+        pasted.append([(logits[view] != logits["fp"]).any().item() for view in ("s1", "s2")])
+        return {"total": torch.zeros((), requires_grad=True)}
 
-    def make_targets(teacher, guidance, w, padding):
-        assert not teacher.training  # it is not the student
-        return targets_of(w, padding)
-
-    monkeypatch.setattr(semivl, "make_targets", make_targets)
-    monkeypatch.setattr(semivl.SemiVL, "forward", forward)
+    seeds, pasted = set(), []
+    torch.manual_seed(0)
+    x, w = torch.randint(1, 256, (2, 4, 3, 16, 16))
+    w[1, :, 10:] = 0  # padding
+    boxes = torch.tensor([[2, 3, 9, 12], [0, 0, 0, 0], [5, 0, 16, 16], [1, 1, 2, 2]])
+    batch = dict(x=x, w=w, s1=w, s2=w, s1_box=boxes, s2_box=boxes.flip(0), y=w[:, 0] % 6)
+    batch["padding"] = (w == 0).all(1)
+    monkeypatch.setattr(semivl, "make_targets", lambda _, __, images, ___: targets_of(images))
     monkeypatch.setattr(semivl, "semivl_loss", loss)
-    for view in semivl.STRONG_VIEWS:
-        monkeypatch.setitem(semivl.STRONG_VIEWS, view, lambda w: w.clone())
-    assert run(folder, tmp_path / "run", "--batch", 4, "--crop", 48) == 0
-    # Two micro-batches in each of four steps, each with a feature dropout of its own.
-    assert len(pasted) == 8 and any(pasted) and len(seeds) == 8
+    for step in (0, 1):
+        cfg = Config(batch=4, micro_batch=2, steps=2)
+        semivl.training_step(student, None, None, batch, cfg, step)
+    assert pasted == [[True, True]] * 4 and len(seeds) == 4  # two micro-batches in each step
 
 
 def test_the_last_images_of_a_batch_lose_half_of_their_channels(monkeypatch):
@@ -1257,7 +1262,7 @@ def test_bf16_changes_losses_by_little_and_similarities_not_at_all(folder, tmp_p
         out = tmp_path / precision
         assert run(folder, out, "--steps", 1, "--conf", 0, "--precision", precision) == 0
         losses[precision] = logged(out)[0]
-    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"]["total"] != losses["fp32"]["total"]
     for name in LOSSES[:4] + ["total"]:
         assert losses["bf16"][name] == pytest.approx(losses["fp32"][name], rel=0.02), name
     dense, text = random_normal(1, (1, 64, 4, 4)).bfloat16(), random_normal(2, (5, 64))
@@ -1270,6 +1275,14 @@ def test_rates_follow_the_schedule_in_both_groups(whole):
     rates = [line["lr"] for line in logged(whole)]
     for step, rest in ((0, 1), (1, 1), (6, 7 / 12), (11, 2 / 12)):
         assert rates[step] == pytest.approx([1e-3 * rest**0.9, 5e-4 * rest**0.9])
+
+
+def test_best_is_the_first_step_of_the_best_validation(whole):
+    lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    miou = {line["step"]: line["val_miou"] for line in lines if "val_miou" in line}
+    best = semivl.load_file(whole / "best.pt")
+    assert len(miou) == 3 and best["best"] == max(miou.values())
+    assert best["step"] == max(miou, key=miou.get) and "student" not in best
 
 
 def test_epochs_are_passes_over_the_unlabelled_images(folder, tmp_path):
@@ -1433,7 +1446,7 @@ def start(processes: int, *command) -> str:
     several = f"-m torch.distributed.run --standalone --nproc-per-node={processes}".split()
     command = [sys.executable, *several * (processes > 1), *map(str, command)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(semivl.__file__).parent)}
-    done = subprocess.run(command, text=True, env=env, capture_output=True)
+    done = subprocess.run(command, text=True, env=env, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -1450,7 +1463,7 @@ import os, shutil, sys, semivl, torch
 out, rank = sys.argv[-1], os.environ["RANK"]
 def update(self, student, step, old=semivl.EMATeacher.update):
     old(self, student, step)
-    torch.save([student.state_dict(), self.model.state_dict()], out + rank)
+    torch.save([student.state_dict(), self.model.state_dict(), torch.initial_seed()], out + rank)
     if step == 2 and rank == "0":
         shutil.copytree(out, out + "-killed")
 semivl.EMATeacher.update = update
@@ -1465,8 +1478,9 @@ sys.exit(code)
 
 
 def test_two_processes_end_with_weights_that_one_evaluates_to_the_same_miou(two):
-    states = [torch.load(f"{two}/two{rank}") for rank in (0, 1)]
-    torch.testing.assert_close(*states, rtol=0, atol=0)
+    (*state, seed), (*other, other_seed) = (torch.load(f"{two}/two{rank}") for rank in (0, 1))
+    torch.testing.assert_close(state, other, rtol=0, atol=0)
+    assert seed != other_seed  # of feature dropout
     (model, cfg, _), data = semivl.load_checkpoint(two / "two/last.pt"), open_folder(two / "images")
     miou = semivl.evaluate(model, data, data.val, cfg, torch.device("cpu")).nanmean().item()
     result = json.loads((two / "two/result.json").read_text())
@@ -1566,8 +1580,9 @@ def test_predictions_are_not_overwritten_and_have_the_size_of_the_image(whole, t
 
 
 def test_folders_and_wildcards_are_predicted(whole, tmp_path):
-    images = whole.parent / "images/images"
-    (images / "notes.txt").write_text("no image")
+    images = shutil.copytree(whole.parent / "images/images", tmp_path / "images")
+    for name in ("notes.txt", "report.pdf", "0-mask.png", "0-overlay.png"):  # none is predicted
+        (images / name).write_text("no image")
     for named, out in ((images, tmp_path / "a"), (images / "[0-5]*", tmp_path / "b")):
         command = ["--predict", str(whole / "last.pt"), str(named), "--out", str(out)]
         assert semivl.main(command) == 0
@@ -1644,8 +1659,8 @@ def test_a_mistake_ends_with_one_line_and_exit_code_2(what, folder, capsys, monk
     mistake, options = MISTAKES[what], ["--dataset", ".", *TINY]
     if isinstance(mistake, str):
         mistake, words = mistake.split(" | ")
-        whole = mistake[:5] in ("--eva", "--res", "--pre")  # else one more option of a run
-        options = options * (not whole) + mistake.split()
+        is_command = mistake[:5] in ("--eva", "--res", "--pre")  # else one more option of a run
+        options = options * (not is_command) + mistake.split()
     else:
         file, content, words = mistake
         if isinstance(content, Image.Image):
@@ -1925,10 +1940,20 @@ def test_a_transfer_of_unknown_length_needs_an_md5(host, tmp_path):
     assert (tmp_path / "a").read_bytes() == b"the whole"
 
 
-def test_a_folder_of_own_pictures_is_made_without_torch():
-    code = "import sys, data_prep; sys.exit('torch' in sys.modules)"
+def test_a_folder_of_own_pictures_is_made_without_torch(folder, tmp_path):
+    code = "import sys, data_prep; sys.exit(data_prep.main() or 'torch' in sys.modules)"
+    options = ["--images", folder / "images", "--masks", folder / "masks"]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        tmp_path / "new",
+        *options,
+        "--classes",
+        ",".join(CLASSES),
+    ]
     here = Path(data_prep.__file__).parent
-    assert subprocess.run([sys.executable, "-c", code], cwd=here).returncode == 0
+    assert subprocess.run(command, cwd=here, stdout=subprocess.DEVNULL).returncode == 0
 
 
 @pytest.mark.parametrize(
