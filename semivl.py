@@ -1328,16 +1328,13 @@ def known_ends():
     except UserError as error:  # one of a loader process has that process's traceback in front
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
     except (RuntimeError, MemoryError) as error:
-        text = str(error).strip()
-        advice = None
+        text = str(error).strip() or "out of memory"  # a MemoryError mostly says nothing
         if "out of memory" in text or "can't allocate memory" in text:
-            advice = (
-                "training: --micro-batch 1, --recompute on; else a smaller image or --device cpu"
-            )
-        # If a loader process is killed, torch raises this wherever the main process is.
-        if text.startswith("DataLoader worker (pid") or "allocate shared memory" in text:
+            advice = "in training: --micro-batch 1, --recompute on; else a smaller image"
+        elif text.startswith("DataLoader worker (pid") or "allocate shared memory" in text:
+            # If a loader process is killed, torch raises this wherever the main process is.
             advice = "--workers 0 loads images without other processes"
-        if not advice:
+        else:
             raise
         raise UserError(f"{text.splitlines()[-1][:200]} ({advice})") from None
 

@@ -1160,6 +1160,7 @@ def test_a_bug_keeps_its_traceback(folder, tmp_path, monkeypatch):
     "error, told",
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "--micro-batch 1"),
+        (MemoryError(), "--micro-batch 1"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "--micro-batch 1"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "--workers 0"),
         (RuntimeError("Caught it\nRuntimeError: unable to allocate shared memory"), "--workers 0"),
