@@ -477,94 +477,59 @@ COLORS = {
     "white": (250, 250, 248),
     "grey": (160, 166, 178),
 }
-THINGS = {  # class -> (body colours, body pattern, icon)
-    "car": (
-        "red blue",
-        "plain",
-        """poly sky -.62 -.05 -.4 -.6 .34 -.6 .66 -.05
-        round body -1 -.14 1 .44; box body -.08 -.6 .04 0; disc dark -.76 .16 -.22 .7
-        disc dark .22 .16 .76 .7; disc grey -.58 .34 -.4 .52; disc grey .4 .34 .58 .52
-        disc yellow .8 -.02 1 .18""",
-    ),
-    "boat": (
-        "white cream",
-        "stripes",
-        """poly brown -1 .3 1 .3 .62 .88 -.66 .88
-        box dark -.07 -1 .05 .3; poly body .1 -.95 .92 .18 .1 .18
-        poly body -.14 -.7 -.8 .18 -.14 .18; box cream -.9 .3 .9 .44""",
-    ),
-    "rocket": (
-        "white",
-        "plain",
-        """poly orange -.26 .6 .26 .6 0 1
-        poly orange -.66 .74 -.3 .02 .3 .02 .66 .74; disc body -.4 -1 .4 .72
-        poly orange -.27 -.62 0 -1 .27 -.62; disc blue -.22 -.36 .22 .08
-        disc sky -.13 -.27 .13 -.01""",
-    ),
-    "cat": (
-        "orange brown",
-        "stripes",
-        """poly body -.84 -1 -.86 .1 -.1 -.5
-        poly body .84 -1 .86 .1 .1 -.5; poly pink -.7 -.66 -.7 -.2 -.4 -.44
-        poly pink .7 -.66 .7 -.2 .4 -.44; disc body -.96 -.62 .96 .9; disc white -.44 .2 .44 .8
-        disc dark -.54 -.2 -.22 .2; disc dark .22 -.2 .54 .2; poly pink -.16 .3 .16 .3 0 .48""",
-    ),
-    "fish": (
-        "blue yellow",
-        "dots",
-        """poly body .4 0 1 -.6 .9 0 1 .6
-        poly body -.3 -.4 .1 -.8 .35 -.3; disc body -1 -.54 .62 .54; disc white -.78 -.28 -.42 .08
-        disc dark -.72 -.2 -.52 0""",
-    ),
-    "ladybug": (
-        "red orange",
-        "dots",
-        """disc dark -.42 -1 .42 -.2; disc body -.86 -.72 .86 .9
-        box dark -.06 -.7 .06 .88; disc white -.3 -.94 -.1 -.74; disc white .1 -.94 .3 -.74""",
-    ),
-    "flower": (
-        "pink yellow",
-        "plain",
-        """box green -.08 .2 .08 1
-        poly green 0 .84 .62 .44 .5 .84; disc body -.32 -1 .32 -.36; disc body -.32 -.24 .32 .4
-        disc body -.74 -.62 -.1 .02; disc body .1 -.62 .74 .02; disc orange -.26 -.56 .26 -.04""",
-    ),
-    "cactus": (
-        "lime",
-        "stripes",
-        """round body -.3 -.96 .3 .7; round body -.86 -.4 -.54 .24
-        round body .54 -.6 .86 .04; box body -.7 .02 -.2 .24; box body .2 -.18 .7 .04
-        disc pink -.2 -1 .2 -.72; poly orange -.54 .5 .54 .5 .4 1 -.4 1""",
-    ),
-    "donut": (
-        "pink brown",
-        "dots",
-        """disc orange -.96 -.9 .96 .96; disc body -.9 -.9 .9 .8
-        disc orange -.36 -.38 .36 .34; disc hole -.28 -.28 .28 .3""",
-    ),
-    "castle": (
-        "pink cream",
-        "stripes",
-        """box body -.6 -.3 .6 .92; box body -.96 -.7 -.44 .92
-        box body .44 -.7 .96 .92; poly blue -1 -.6 -.7 -1 -.4 -.6; poly blue .4 -.6 .7 -1 1 -.6
-        box body -.36 -.5 -.14 -.2; box body .14 -.5 .36 -.2; round dark -.24 .3 .24 .92""",
-    ),
+THINGS = {  # class -> colours and pattern of its body; then its icon
+    "car": """red blue, plain
+poly sky -.62 -.05 -.4 -.6 .34 -.6 .66 -.05
+round body -1 -.14 1 .44; box body -.08 -.6 .04 0; disc dark -.76 .16 -.22 .7
+disc dark .22 .16 .76 .7; disc grey -.58 .34 -.4 .52; disc grey .4 .34 .58 .52
+disc yellow .8 -.02 1 .18""",
+    "boat": """white cream, stripes
+poly brown -1 .3 1 .3 .62 .88 -.66 .88
+box dark -.07 -1 .05 .3; poly body .1 -.95 .92 .18 .1 .18
+poly body -.14 -.7 -.8 .18 -.14 .18; box cream -.9 .3 .9 .44""",
+    "rocket": """white, plain
+poly orange -.26 .6 .26 .6 0 1
+poly orange -.66 .74 -.3 .02 .3 .02 .66 .74; disc body -.4 -1 .4 .72
+poly orange -.27 -.62 0 -1 .27 -.62; disc blue -.22 -.36 .22 .08
+disc sky -.13 -.27 .13 -.01""",
+    "cat": """orange brown, stripes
+poly body -.84 -1 -.86 .1 -.1 -.5
+poly body .84 -1 .86 .1 .1 -.5; poly pink -.7 -.66 -.7 -.2 -.4 -.44
+poly pink .7 -.66 .7 -.2 .4 -.44; disc body -.96 -.62 .96 .9; disc white -.44 .2 .44 .8
+disc dark -.54 -.2 -.22 .2; disc dark .22 -.2 .54 .2; poly pink -.16 .3 .16 .3 0 .48""",
+    "fish": """blue yellow, dots
+poly body .4 0 1 -.6 .9 0 1 .6
+poly body -.3 -.4 .1 -.8 .35 -.3; disc body -1 -.54 .62 .54; disc white -.78 -.28 -.42 .08
+disc dark -.72 -.2 -.52 0""",
+    "ladybug": """red orange, dots
+disc dark -.42 -1 .42 -.2; disc body -.86 -.72 .86 .9
+box dark -.06 -.7 .06 .88; disc white -.3 -.94 -.1 -.74; disc white .1 -.94 .3 -.74""",
+    "flower": """pink yellow, plain
+box green -.08 .2 .08 1
+poly green 0 .84 .62 .44 .5 .84; disc body -.32 -1 .32 -.36; disc body -.32 -.24 .32 .4
+disc body -.74 -.62 -.1 .02; disc body .1 -.62 .74 .02; disc orange -.26 -.56 .26 -.04""",
+    "cactus": """lime, stripes
+round body -.3 -.96 .3 .7; round body -.86 -.4 -.54 .24
+round body .54 -.6 .86 .04; box body -.7 .02 -.2 .24; box body .2 -.18 .7 .04
+disc pink -.2 -1 .2 -.72; poly orange -.54 .5 .54 .5 .4 1 -.4 1""",
+    "donut": """pink brown, dots
+disc orange -.96 -.9 .96 .96; disc body -.9 -.9 .9 .8
+disc orange -.36 -.38 .36 .34; disc hole -.28 -.28 .28 .3""",
+    "castle": """pink cream, stripes
+box body -.6 -.3 .6 .92; box body -.96 -.7 -.44 .92
+box body .44 -.7 .96 .92; poly blue -1 -.6 -.7 -1 -.4 -.6; poly blue .4 -.6 .7 -1 1 -.6
+box body -.36 -.5 -.14 -.2; box body .14 -.5 .36 -.2; round dark -.24 .3 .24 .92""",
 }
 CLUTTER = {  # the same, of what belongs to the background
-    "tree": (
-        "green",
-        "plain",
-        """box brown -.18 .3 .18 1; disc body -.9 -.4 .1 .5
-        disc body -.1 -.4 .9 .5; disc body -.6 -1 .6 .2; disc lime -.34 -.76 .06 -.4
-        disc lime .3 -.16 .62 .12""",
-    ),
-    "rock": (
-        "grey",
-        "dots",
-        """poly body -1 .7 -.8 -.2 -.3 -.7 .3 -.6 .9 .1 1 .7
-        poly white -.6 -.1 -.3 -.5 .1 -.4 -.2 -.2""",
-    ),
-    "mushroom": ("brown", "plain", """round cream -.25 -.1 .25 .9; dome body -.9 -.8 .9 .9"""),
+    "tree": """green, plain
+box brown -.18 .3 .18 1; disc body -.9 -.4 .1 .5
+disc body -.1 -.4 .9 .5; disc body -.6 -1 .6 .2; disc lime -.34 -.76 .06 -.4
+disc lime .3 -.16 .62 .12""",
+    "rock": """grey, dots
+poly body -1 .7 -.8 -.2 -.3 -.7 .3 -.6 .9 .1 1 .7
+poly white -.6 -.1 -.3 -.5 .1 -.4 -.2 -.2""",
+    "mushroom": """brown, plain
+round cream -.25 -.1 .25 .9; dome body -.9 -.8 .9 .9""",
 }
 GROUNDS = {  # ground -> (base colour, second colour)
     "meadow": ((126, 182, 92), (96, 156, 74)),
@@ -609,7 +574,8 @@ def draw_part(draw: ImageDraw.ImageDraw, kind: str, xy: list[float], fill) -> No
 
 def paint_icon(name: str, radius: float, rng: random.Random) -> Image.Image:
     """One object, RGBA [2 radius, 2 radius], in a random colour, direction and small tilt."""
-    colors, pattern, icon = (THINGS | CLUTTER)[name]
+    head, icon = (THINGS | CLUTTER)[name].split("\n", 1)
+    colors, pattern = head.split(", ")
     side = ZOOM * int(2 * radius)
     body = paint_body(COLORS[rng.choice(colors.split())], pattern, side, rng)
     sprite = Image.new("RGBA", (side, side))
@@ -866,9 +832,12 @@ NO_LABEL = ("void", "ignore", "__ignore__", "unlabeled", "unlabelled")  # these 
 def read_labelmap(file: Path) -> list[tuple]:
     """Labels of CVAT ("NAME:R,G,B::" a line), Roboflow ("VALUE, NAME") or labelme ("NAME")."""
     labels, kinds = [], set()
+    title = r"(pixel value|value|id|index|number),.*|names?|class(es)?"
     for at, line in enumerate(file.read_text("utf-8-sig", "replace").splitlines(), 1):
-        line = re.sub(r"\s*([:,])\s*", r"\1", line.strip())
-        if not line or line[0] == "#" or line.lower() == "pixel value,class":
+        # Excel writes semicolons or TABs where the commas were, and a person a blank.
+        line = re.sub(r"^(\d+) +(?=[^\s,;])", r"\1,", re.sub(r"[;\t]", ",", line.strip()))
+        line = re.sub(r"\s*([:,])\s*", r"\1", line)
+        if not line or line[0] == "#" or (not labels and re.fullmatch(title, line.lower())):
             continue
         match = re.fullmatch(r"(?:(\d+),)?([^:,\ufffd]+)(?::(\d+,\d+,\d+)(?::.*)?)?", line)
         number, name, color = match.groups() if match else ("256", "", None)
@@ -884,37 +853,66 @@ def read_labelmap(file: Path) -> list[tuple]:
     return labels
 
 
+def find_files(folder: Path) -> list[Path]:
+    """All files below a folder, also of linked folders. Left out are hidden ones, instance masks
+    (SegmentationObject), and what this project wrote: runs, data folders, overlays."""
+    require(folder.is_dir(), f"{folder}: there is no such folder")
+    found, seen = [], set()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        here, real = Path(path), os.path.realpath(path)
+        ours = "log.jsonl" in names or ("dataset.json" in names and "splits" in folders)
+        if real in seen or (here != folder and (ours or here.name == "SegmentationObject")):
+            folders.clear()  # os.walk will not enter them
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        found += [here / n for n in names if n[0] != "." and "-overlay.p" not in n]
+    return sorted(found)
+
+
+MASK_NAME = re.compile(r"^mask_|([_-](masks?|labels?|segmentation|l)|\.(jpe?g|png))$")
+RULE = "a mask is called NAME.png or NAME_mask.png, with the NAME of its image"
+
+
 def pair_pictures(images: Path, masks: Path) -> list[tuple]:
     """(image, mask of the same name or None), in the order of names: paths without suffix."""
-    found, problems, suffixes = ({}, {}), [], Image.registered_extensions()
+    found, problems, left_out = ({}, {}), [], Counter()
+    suffixes = Image.registered_extensions()
     for kind, (folder, other) in enumerate([(images, masks), (masks, images)]):
-        for file in sorted(folder.rglob("*")):
+        for file in find_files(folder):
             path = file.relative_to(folder)
             name = unicodedata.normalize("NFC", path.with_suffix("").as_posix().lower())
-            if (
-                file.suffix.lower() not in suffixes
-                or any(part[0] == "." for part in path.parts)
-                or folder == other
-                and name.endswith("_mask") != kind
-                or folder in other.parents
-                and other in file.parents
-                or not file.is_file()
-            ):
+            is_mask = re.search("[_-]masks?$", name) is not None
+            if folder == other and is_mask != kind:
                 continue
-            name = name.removesuffix("_mask") if kind and name not in found[0] else name
+            if folder in other.parents and other in file.parents:
+                continue
+            if file.suffix.lower() not in suffixes:
+                left_out[file.suffix.lower() or file.name] += 1
+                continue
+            if kind and name not in found[0]:
+                start, slash, last = name.rpartition("/")
+                name = start + slash + MASK_NAME.sub("", last)
             if found[kind].setdefault(name, file) != file:
                 problems.append(f"{found[kind][name]} and {file}: one name for two; rename one")
             if re.search("[\0-\x1f\x85\u2028\u2029\ud800-\udfff\\\\]", path.as_posix()):
                 problems.append(f"{str(file)!r}: letters that lists cannot hold; rename it")
+        others = ", ".join(f"{n} {suffix}" for suffix, n in left_out.most_common(5))
+        told = f", but {others}, which are no pictures" if others else ""
         require(
             found[kind],
-            f"{folder}: no {('images', 'masks')[kind]} there; images are needed, "
-            "and masks for some, in --masks DIR or as NAME_mask.png beside NAME.jpg",
+            f"{folder}: no {('images', 'masks')[kind]} there{told}; images are needed, and masks "
+            "for some, as pictures (polygons must be drawn first), in --masks DIR or as "
+            "NAME_mask.png beside NAME.jpg",
         )
+        if others and not kind:
+            print(f"note: left out are {others}; photographs of these kinds can be saved as JPEG")
+        left_out.clear()
     require(not problems, *problems)
     lost = [str(file) for name, file in found[1].items() if name not in found[0]]
     told = f"masks have no image of their name: {', '.join(lost[:3])}" + ", ..." * (len(lost) > 3)
-    require(len(lost) < len(found[1]), f"all {told}; images are {[*found[0].values()][0]}, ...")
+    some = next(iter(found[0].values()))
+    require(len(lost) < len(found[1]), f"all {told}; images are {some}, ...; {RULE}")
     if lost:
         print(f"note: {len(lost)} {told}")
     return [(image, found[1].get(name)) for name, image in sorted(found[0].items())]

@@ -269,7 +269,8 @@ DEFINITIONS = {
 @torch.no_grad()
 def encode_text(clip: open_clip.CLIP, words: list[str]) -> torch.Tensor:
     """Text embeddings of "a photo of a WORD", [len(words), E], not normalised. Sets clip.eval()."""
-    tokens = open_clip.tokenize([f"a photo of a {word}" for word in words], clip.context_length)
+    spoken = [word.replace("_", " ").strip() for word in words]  # traffic_light, _background_
+    tokens = open_clip.tokenize([f"a photo of a {word}" for word in spoken], clip.context_length)
     return clip.eval().encode_text(tokens.to(clip.token_embedding.weight.device)).float()
 
 
