@@ -39,7 +39,6 @@ import zlib
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -188,53 +187,16 @@ LISTS = {  # file below our splits/ -> file below theirs, or None: made by ade20
 }
 
 
-def download(url: str, file: Path, checked: bool = False) -> None:
-    """Fetches a URL. What an earlier transfer left in FILE.part is continued, not fetched again.
-    checked: whether the caller compares an MD5. If not, the host has to tell the length."""
-    part = file.with_name(file.name + ".part")
-    while not file.exists():
-        have = part.stat().st_size if part.exists() else 0
-        ask = {"User-Agent": "semivl", "Range": f"bytes={have}-"}
-        try:
-            with urlopen(Request(url, headers=ask), timeout=60) as answer:
-                start = have if answer.status == 206 else 0  # some hosts send only the whole file
-                length = answer.headers.get("Content-Length")
-                if not (length or checked or getattr(answer, "chunked", False)):
-                    raise OSError(
-                        "the host does not say how long the file is, so part of it could "
-                        "pass for the whole"
-                    )
-                size = start + int(length or 0)
-                # Neither truncated nor opened to append: two processes that fetch it at the same
-                # time then write the same bytes at the same places, and that does no harm.
-                with (
-                    open(part, "r+b" if part.exists() else "wb") as out,
-                    progress(
-                        None, file.name, total=size, initial=start, unit="B", unit_scale=True
-                    ) as bar,
-                ):
-                    out.seek(start)
-                    while block := answer.read(1 << 18):
-                        bar.update(out.write(block))
-            if part.stat().st_size < size:
-                raise OSError("the transfer breaks off again and again")
-            part.replace(file)
-        except (OSError, http.client.HTTPException) as error:
-            if getattr(error, "code", 0) == 416:  # the part is the whole; its MD5 is checked later
-                part.replace(file)
-            elif not file.exists() and (not part.exists() or part.stat().st_size <= have):
-                raise  # not a single byte came; otherwise the next round continues
-
-
 def fetch(archive: Archive, downloads: Path) -> Path:
     """The file in `downloads`, from the first URL that serves it with the right MD5."""
+    from torch.hub import download_url_to_file
     from torchvision.datasets.utils import check_integrity
 
     file, failed = downloads / archive.name.replace("/", "-"), []
     for url in [host + archive.name for host in archive.hosts]:
         try:
-            # Nothing to do if an interrupted process has fetched it already.
-            download(url, file, checked=archive.md5 is not None)
+            if not file.exists():  # else an interrupted process has fetched it already
+                download_url_to_file(url, str(file))
             if check_integrity(file, archive.md5):
                 return file
             file.unlink()
@@ -935,8 +897,12 @@ def count_pixels(file: Path) -> tuple[dict, dict] | str:
             )
             colors = image.convert("RGB").getcolors(4096)
             require(colors, "over 4096 colours; export masks as flat areas with hard edges")
-            values = np.unique(image, return_counts=True) if image.mode[0] != "R" else ()
-            return dict(zip(*(part.tolist() for part in values))), {c: n for n, c in colors}
+            numbers = {}
+            if image.mode in ("P", "L"):
+                numbers = {value: n for value, n in enumerate(image.histogram()) if n}
+            elif image.mode[0] == "I":
+                numbers = Counter(np.asarray(image).ravel().tolist())
+            return numbers, {color: n for n, color in colors}
     except MemoryError:  # the file is not to blame
         raise
     except Exception as error:  # damaged files make Pillow raise almost anything
@@ -955,6 +921,25 @@ def list_line(pair: tuple, home: Path) -> str:
     words = [relative(file, home) for file in pair if file]
     line = " ".join(words)
     return line if line.split() == words else "\t".join([*words, ""][:2])
+
+
+def draw_val(masked: list[tuple], images: Path, share: float, seed: int) -> set[tuple]:
+    """The pairs that validate: those in a folder called val, or else a random share. Copies of one
+    picture stay together: Roboflow calls those of NAME.jpg NAME_jpg.rf.HASH.jpg."""
+    in_val = set()
+    for pair in masked:
+        folders = {part.lower() for part in pair[0].relative_to(images).parts[:-1]}
+        if folders & {"val", "valid", "validation"}:
+            in_val.add(pair)
+    if in_val:
+        print(f"note: {len(in_val)} masked images are in folders of val; they validate")
+        return in_val
+    origin = {pair: re.sub(r"\.rf\.\w+$", "", str(pair[0].with_suffix(""))) for pair in masked}
+    groups = [*dict.fromkeys(origin.values())]
+    require(len(groups) > 1, "copies of one image only; training and validation need one each")
+    count = max(1, min(len(groups) - 1, round(share * len(groups))))
+    drawn = {*random.Random(seed).sample(groups, count)}
+    return {pair for pair in masked if origin[pair] in drawn}
 
 
 def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0.2, seed=0) -> None:
@@ -1018,8 +1003,8 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
             problems.append(f"{mask}: no class has {told}; correct it, or name it in {where}")
     require(not problems, *problems)
 
-    count = max(1, min(len(masked) - 1, round(val * len(masked))))
-    drawn = {*random.Random(seed).sample(masked, count)}
+    drawn = draw_val(masked, images, val, seed)
+    require(len(drawn) < len(masked), "no image to train on has a mask; all are in folders of val")
     content = {"classes": [*keys], "ignore_index": ignore}
     if [*keys.values()] != [*range(len(keys))]:
         content["colors"] = keys
@@ -1036,8 +1021,8 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
             file.rename(path)
     for v, name in names.items():
         print(f"{pixels[v] / pixels.total():7.2%} of pixels, {shown[v] or 'no':>5} masks: {name}")
-    left, bare = len(masked) - count, len(pairs) - len(masked)
-    print(f"{left} images with and {bare} without mask to train, {count} to validate; next:")
+    left, bare = len(masked) - len(drawn), len(pairs) - len(masked)
+    print(f"{left} images with and {bare} without mask to train, {len(drawn)} to validate; next:")
     folder = f'"{folder}"' if " " in str(folder) else folder
     print(
         f"python semivl.py --dataset {folder} --labels {left if bare else max(1, left // 4)}"
