@@ -16,9 +16,11 @@ A mask is a PNG whose pixel values are class numbers (palette or greyscale), unl
 each class's value or [r, g, b]. A folder .NAME-... is being made, or a killed process has left it.
 
 Your own pictures stay where they are: a.jpg goes with a.png or a_mask.png, also if one DIR holds
-both; images without mask train unlabelled. --classes names the mask values 0, 1, 2 ...; instead,
---labelmap FILE takes labelmap.txt of CVAT, _classes.csv of Roboflow or a name a line, as labelme
-has it. What is called void, ignore or unlabeled is no class: its pixels have no label.
+both; images without mask train unlabelled, those in folders called val or valid validate.
+--classes names the mask values 0, 1, 2 ...; instead, --labelmap FILE takes labelmap.txt of CVAT,
+_classes.csv of Roboflow or a name a line, as labelme has it. For an export of these programs,
+--images EXPORT is enough. What is called void, ignore or unlabeled is no class: its pixels have
+no label.
 """
 
 import argparse
@@ -833,6 +835,9 @@ def find_files(folder: Path) -> list[Path]:
 
 
 MASK_NAME = re.compile(r"^mask_|([_-](masks?|labels?|segmentation|l)|\.(jpe?g|png))$")
+MASK_FOLDERS = set("masks mask labels annotations ann_dir segmentationclass".split())
+KINDS = MASK_FOLDERS | set("images image img img_dir jpegimages".split())
+LABELMAPS = ("labelmap.txt", "_classes.csv", "class_names.txt", "labels.txt")  # in exports
 RULE = "a mask is called NAME.png or NAME_mask.png, with the NAME of its image"
 
 
@@ -843,14 +848,16 @@ def pair_pictures(images: Path, masks: Path) -> list[tuple]:
     for kind, (folder, other) in enumerate([(images, masks), (masks, images)]):
         for file in find_files(folder):
             path = file.relative_to(folder)
-            name = unicodedata.normalize("NFC", path.with_suffix("").as_posix().lower())
-            is_mask = re.search("[_-]masks?$", name) is not None
-            if folder == other and is_mask != kind:
+            *folders, name = unicodedata.normalize("NFC", path.as_posix().lower()).split("/")
+            name = Path(name).stem
+            is_mask = re.search("[_-]masks?$", name) or MASK_FOLDERS & {*folders}
+            if folder == other and bool(is_mask) != kind:
                 continue
+            name = "/".join([*(part for part in folders if part not in KINDS), name])
             if folder in other.parents and other in file.parents:
                 continue
             if file.suffix.lower() not in suffixes:
-                left_out[file.suffix.lower() or file.name] += 1
+                left_out[file.suffix.lower() or file.name] += file.name not in LABELMAPS
                 continue
             if kind and name not in found[0]:
                 start, slash, last = name.rpartition("/")
@@ -859,7 +866,7 @@ def pair_pictures(images: Path, masks: Path) -> list[tuple]:
                 problems.append(f"{found[kind][name]} and {file}: one name for two; rename one")
             if re.search("[\0-\x1f\x85\u2028\u2029\ud800-\udfff\\\\]", path.as_posix()):
                 problems.append(f"{str(file)!r}: letters that lists cannot hold; rename it")
-        others = ", ".join(f"{n} {suffix}" for suffix, n in left_out.most_common(5))
+        others = ", ".join(f"{n} {suffix}" for suffix, n in (+left_out).most_common(5))
         told = f", but {others}, which are no pictures" if others else ""
         require(
             found[kind],
@@ -946,7 +953,12 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
     """Makes a data folder that points to pictures where they lie, as told on top of this file.
     classes: names of the mask values 0, 1, ...; val: share of the masked images for validation."""
     home, images, masks = (Path(path).resolve() for path in (folder, images, masks or images))
-    source, made = labelmap or "--classes", (home / "splits", home / "dataset.json")
+    made = (home / "splits", home / "dataset.json")
+    if not (labelmap or classes):  # an export brings it with it
+        places = [images, *sorted(images.glob("*/"))]
+        brought = [place / name for place in places for name in LABELMAPS]
+        labelmap = next(filter(Path.is_file, brought), None)
+    source = labelmap or "--classes"
     require(folder and 0 < val < 1, f"--val {val}: should be between 0 and 1, and FOLDER a name")
     require(not (labelmap and classes), "either --classes or --labelmap names the classes")
     for path in made:
@@ -977,8 +989,10 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
         sum({*counts[i]} <= {*table, IGNORE} for counts in found)
         for i, table in enumerate((numbers, colors))
     ]
-    # Masks with a palette, as VOC's, may fit both ways: then their colours are meant.
-    colored = any(not counts[0] for counts in found) or bool(colors) and fits[1] >= fits[0]
+    # Colours of a labelmap decide. Only grey masks may be meant by its order instead.
+    grey = all(len({*color}) == 1 for counts in found for color in counts[1])
+    by_order = grey and fits[0] > fits[1]
+    colored = any(not counts[0] for counts in found) or bool(colors) and not by_order
     pixels, shown = Counter(), Counter()
     for counts in found:
         pixels.update(counts[colored])

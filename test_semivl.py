@@ -2047,6 +2047,53 @@ def test_copies_of_a_picture_stay_on_one_side_and_folders_of_val_validate(folder
     assert lists["val"] == "../images/valid/a.png ../masks/valid/a.png\n"
 
 
+@pytest.mark.parametrize("export", ["cvat", "roboflow"])
+def test_an_export_is_taken_as_it_is(export, folder, tmp_path, capsys):
+    palette = [(0, 0, 0), (250, 50, 83), (51, 221, 255), (9, 9, 0), (9, 0, 9), (0, 9, 9)]
+    home = tmp_path / export
+    for i in range(6):
+        image = Image.open(folder / f"images/{i}.png")
+        mask = np.array(Image.open(folder / f"masks/{i}.png"))
+        if export == "cvat":
+            places = ["JPEGImages/{}.jpg", "SegmentationClass/{}.png", "SegmentationObject/{}.png"]
+            mask = np.uint8(palette)[mask]
+        else:
+            part = "valid" if i < 2 else "train"
+            places = [part + "/{}_jpg.rf.a.jpg", part + "/{}_jpg.rf.a_mask.png"]
+        for place, picture in zip(places, [image, *[Image.fromarray(mask)] * 2]):
+            file = home / place.format(i)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(file)
+    if export == "cvat":
+        lines = [f"{name}:{r},{g},{b}::" for name, (r, g, b) in zip(CLASSES, palette)]
+        (home / "labelmap.txt").write_text("# label:color_rgb:parts:actions\n" + "\n".join(lines))
+    else:
+        lines = [f"{value}, {name}" for value, name in enumerate(CLASSES)]
+        (home / "train/_classes.csv").write_text("Pixel Value, Class\n" + "\n".join(lines))
+    assert data_prep.main([str(tmp_path / "made"), "--images", str(home)]) == 0
+    assert "left out" not in capsys.readouterr().out
+    data = semivl.open_data(Config(dataset=str(tmp_path / "made")))
+    entries = data.train + data.val
+    assert list(data.classes) == CLASSES and len(entries) == 6
+    assert len(data.val) == (1 if export == "cvat" else 2)
+    for image, mask in entries:
+        truth = np.array(Image.open(folder / f"masks/{Path(image).stem[0]}.png"))
+        assert np.array_equal(data.mask((image, mask)), truth)
+
+
+def test_colours_of_a_labelmap_decide_over_the_numbers_of_palette_masks(folder, capsys):
+    for file in (folder / "masks").iterdir():
+        mask = Image.open(file).convert("L")
+        mask.putpalette([0, 0, 0, 10, 200, 10, 200, 10, 10])
+        mask.save(file)
+    lines = [f"{name}:{n * 50},9,9::" for n, name in enumerate(CLASSES)]
+    (folder / "labelmap.txt").write_text("\n".join(lines))
+    options = ["--images", folder / "images", "--masks", folder / "masks"]
+    command = [folder / "own", *options, "--labelmap", folder / "labelmap.txt"]
+    assert data_prep.main([str(word) for word in command]) == 2
+    assert "no class has (0, 0, 0): " in capsys.readouterr().err
+
+
 def test_class_names_with_underscores_are_spoken(monkeypatch):
     clip, _ = semivl.load_clip(Config(clip="toy", clip_weights="none"))
     pairs = [("traffic_light", "traffic light"), ("_background_", "background")]
