@@ -902,6 +902,8 @@ def count_pixels(file: Path) -> tuple[dict, dict] | str:
                 f"mode {image.mode}, or not 8 bits a value, would "
                 "change numbers; export masks as greyscale, palette or RGB with 8 bits",
             )
+            opaque = image.mode != "RGBA" or image.getchannel("A").getextrema() == (255, 255)
+            require(opaque, "some pixels are transparent; export masks without transparency")
             colors = image.convert("RGB").getcolors(4096)
             require(colors, "over 4096 colours; export masks as flat areas with hard edges")
             numbers = {}

@@ -2094,6 +2094,13 @@ def test_colours_of_a_labelmap_decide_over_the_numbers_of_palette_masks(folder, 
     assert "no class has (0, 0, 0): " in capsys.readouterr().err
 
 
+def test_masks_with_transparent_pixels_are_refused(tmp_path):
+    for alpha, refused in ((255, False), (254, True)):
+        Image.new("RGBA", (4, 4), (1, 2, 3, alpha)).save(tmp_path / "a.png")
+        told = data_prep.count_pixels(tmp_path / "a.png")
+        assert ("transparent" in told) if refused else told == ({}, {(1, 2, 3): 16})
+
+
 def test_class_names_with_underscores_are_spoken(monkeypatch):
     clip, _ = semivl.load_clip(Config(clip="toy", clip_weights="none"))
     pairs = [("traffic_light", "traffic light"), ("_background_", "background")]
