@@ -1,31 +1,30 @@
-"""Makes data folders for semivl.py: the toy world, the four published data sets, your own pictures.
+"""Makes data folders for semivl.py, and checks them.
 
     python data_prep.py toy                          paints the toy world, trains its tiny CLIP
     python data_prep.py voc                          fetches, unpacks, checks; also coco, ade20k
     python data_prep.py cityscapes --source FOLDER   from the two archives that its login gives
-    python data_prep.py FOLDER --images DIR --masks DIR --classes a,b,c    of your own pictures
+    python data_prep.py FOLDER --images DIR --masks DIR --classes a,b,c   from your own pictures
+    python data_prep.py FOLDER --images EXPORT       from an export of CVAT, Roboflow or labelme
+    python data_prep.py FOLDER                       checks a folder that is there
 
-Sets are made in data/, or in --root. A data folder looks like this:
+Published sets and the toy world are made in data/, or in --root. A data folder looks like this:
 
-    FOLDER/dataset.json            {"classes": [...], "ignore_index": 255}, perhaps "colors"
+    FOLDER/dataset.json            {"classes": ["sky", "car"], "definitions": {"car": ["van"]}}
     FOLDER/splits/train.txt        "IMAGE MASK" or "IMAGE" a line, paths relative to FOLDER
-    FOLDER/splits/val.txt          "IMAGE MASK" a line; so is test.txt, which only the toy has
-    FOLDER/splits/N/labeled.txt    the published list of N labelled images
+    FOLDER/splits/val.txt          "IMAGE MASK" a line; test.txt, optional, the same
+    FOLDER/splits/8/labeled.txt    optional: the images that --labels 8 uses
+    FOLDER/masks/                  PNG, a pixel is the number of its class, 255: no label
 
-A mask is a PNG whose pixel values are class numbers (palette or greyscale), unless "colors" tells
-each class's value or [r, g, b]. A folder .NAME-... is being made, or a killed process has left it.
-
-Your own pictures stay where they are: a.jpg goes with a.png or a_mask.png, also if one DIR holds
-both; images without mask train unlabelled, those in folders called val or valid validate.
+Your own pictures stay where they are, and their masks are written anew into FOLDER/masks. a.jpg
+goes with a.png or a_mask.png, also if one DIR holds both; images without mask train unlabelled.
+Folders called val or valid, and test, keep these roles; else --val draws masks to validate.
 --classes names the mask values 0, 1, 2 ...; instead, --labelmap FILE takes labelmap.txt of CVAT,
-_classes.csv of Roboflow or a name a line, as labelme has it. For an export of these programs,
---images EXPORT is enough. What is called void, ignore or unlabeled is no class: its pixels have
-no label.
+_classes.csv of Roboflow or a name a line, as labelme has it. What is called void, ignore or
+unlabeled is no class: its pixels have no label.
 """
 
 import argparse
 import contextlib
-import http.client
 import json
 import math
 import os
@@ -33,14 +32,12 @@ import random
 import re
 import shutil
 import sys
-import tarfile
 import tempfile
 import unicodedata
-import zipfile
-import zlib
-from collections import Counter, namedtuple
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -50,6 +47,7 @@ from tqdm import tqdm
 # none of them. So they are imported in the functions that use them.
 
 IGNORE = 255  # mask value of pixels that belong to no class
+SHADES = random.Random(1).randbytes(768)  # a palette, for whoever looks at the masks
 
 
 class UserError(ValueError):
@@ -58,46 +56,60 @@ class UserError(ValueError):
 
 def require(ok, *problems: str) -> None:
     if not ok:
-        more = (f"... and {len(problems) - 20} more",) * (len(problems) > 20)
-        raise UserError("\n".join(problems[:20] + more))
+        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+        raise UserError("\n".join([*problems[:20], *more]))
 
 
-def progress(iterable, title: str, **more) -> tqdm:
-    """A progress bar; where there is no terminal, a line twice a minute."""
-    lines = (
-        {}
-        if sys.stderr and sys.stderr.isatty()
-        else dict(
-            miniters=1, mininterval=30, delay=30, bar_format="{desc}: {n_fmt} of {total_fmt}\n"
-        )
-    )
-    return tqdm(iterable, title, **lines, **more)
+@contextlib.contextmanager
+def blame(file: Path):
+    """Turns what a damaged file makes Pillow or json raise into one line with its name."""
+    try:
+        yield
+    except MemoryError:  # the file is not to blame
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or repr(error)
+        raise UserError(f"{file}: {' '.join(reason.split())[:300]}") from None
+
+
+def in_threads(function, items: list, title: str) -> list:
+    """[function(item), ...]; the problems of all items are told at once."""
+
+    def run(item):
+        try:
+            return function(item)
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results = pool.map(run, items)
+        results = list(tqdm(results, title, len(items), disable=None))
+    problems = [str(result) for result in results if isinstance(result, UserError)]
+    require(not problems, *problems)
+    return results
+
+
+def write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 # The published data sets --------------------------------------------------------------------------
 
-CLASSES = {  # data set -> class names in the order of mask values, spelled as published
-    "voc": (
-        "background|aeroplane|bicycle|bird|boat|bottle|bus|car|cat|chair|cow|diningtable|dog|"
-        "horse|motorbike|person|pottedplant|sheep|sofa|train|tvmonitor"
-    ).split("|"),
-    "ade20k": (
-        "wall|building|sky|floor|tree|ceiling|road|bed|windowpane|grass|cabinet|sidewalk|"
-        "person|earth|door|table|mountain|plant|curtain|chair|car|water|painting|sofa|shelf|house|"
-        "sea|mirror|rug|field|armchair|seat|fence|desk|rock|wardrobe|lamp|bathtub|railing|cushion|"
-        "base|box|column|signboard|chest of drawers|counter|sand|sink|skyscraper|fireplace|"
-        "refrigerator|grandstand|path|stairs|runway|case|pool table|pillow|screen door|stairway|"
-        "river|bridge|bookcase|blind|coffee table|toilet|flower|book|hill|bench|countertop|stove|"
-        "palm|kitchen island|computer|swivel chair|boat|bar|arcade machine|hovel|bus|towel|light|"
-        "truck|tower|chandelier|awning|streetlight|booth|television receiver|airplane|dirt track|"
-        "apparel|pole|land|bannister|escalator|ottoman|bottle|buffet|poster|stage|van|ship|"
-        "fountain|conveyer belt|canopy|washer|plaything|swimming pool|stool|barrel|basket|"
-        "waterfall|tent|bag|minibike|cradle|oven|ball|food|step|tank|trade name|microwave|pot|"
-        "animal|bicycle|lake|dishwasher|screen|blanket|sculpture|hood|sconce|vase|traffic light|"
-        "tray|ashcan|fan|pier|crt screen|plate|monitor|bulletin board|shower|radiator|glass|clock|"
-        "flag"
-    ).split("|"),
-}
+ADE20K_CLASSES = (
+    "wall|building|sky|floor|tree|ceiling|road|bed|windowpane|grass|cabinet|sidewalk|person|earth|"
+    "door|table|mountain|plant|curtain|chair|car|water|painting|sofa|shelf|house|sea|mirror|rug|"
+    "field|armchair|seat|fence|desk|rock|wardrobe|lamp|bathtub|railing|cushion|base|box|column|"
+    "signboard|chest of drawers|counter|sand|sink|skyscraper|fireplace|refrigerator|grandstand|"
+    "path|stairs|runway|case|pool table|pillow|screen door|stairway|river|bridge|bookcase|blind|"
+    "coffee table|toilet|flower|book|hill|bench|countertop|stove|palm|kitchen island|computer|"
+    "swivel chair|boat|bar|arcade machine|hovel|bus|towel|light|truck|tower|chandelier|awning|"
+    "streetlight|booth|television receiver|airplane|dirt track|apparel|pole|land|bannister|"
+    "escalator|ottoman|bottle|buffet|poster|stage|van|ship|fountain|conveyer belt|canopy|washer|"
+    "plaything|swimming pool|stool|barrel|basket|waterfall|tent|bag|minibike|cradle|oven|ball|"
+    "food|step|tank|trade name|microwave|pot|animal|bicycle|lake|dishwasher|screen|blanket|"
+    "sculpture|hood|sconce|vase|traffic light|tray|ashcan|fan|pier|crt screen|plate|monitor|"
+    "bulletin board|shower|radiator|glass|clock|flag"
+).split("|")
 
 
 def cityscapes_trained() -> list:
@@ -110,68 +122,57 @@ def cityscapes_trained() -> list:
 
 def class_names(name: str) -> list[str]:
     """The classes of a published set, in the order of mask values, spelled as published."""
+    from torchvision.models import detection, segmentation
+
     if name == "cityscapes":
         return [c.name for c in cityscapes_trained()]
-    if name == "coco":
-        from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+    if name == "ade20k":
+        return ADE20K_CLASSES
+    if name == "voc":
+        weights = segmentation.DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1
+    else:
+        weights = detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1
+    things = weights.meta["categories"][1:]  # the first is __background__
+    return ["background"] + [thing for thing in things if thing != "N/A"]
 
-        things = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]
-        return ["background"] + [thing for thing in things if thing != "N/A"]
-    return CLASSES[name]
+
+class Archive(NamedTuple):
+    name: str
+    host: str | None  # what stands before the name in its URL; None: it needs a login
+    size: float  # GB, about
+    md5: str | None  # if it is known
 
 
-# size: GB, about. md5: if it is known. hosts: what stands before the name in URLs.
-Archive = namedtuple("Archive", "name size md5 hosts")
-VOC_HOSTS = (
-    "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/",
-    "https://d2l-data.s3-accelerate.amazonaws.com/",
-)
-COCO_HOSTS = (
-    "http://images.cocodataset.org/zips/",
-    "https://s3.amazonaws.com/images.cocodataset.org/zips/",
-)
-COCO_MASKS_HOSTS = ("https://github.com/google-research/semivl/releases/download/checkpoints/",)
-ADE20K_HOSTS = ("http://data.csail.mit.edu/places/ADEchallenge/",)
+VOC_HOST = "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/"
+COCO_HOST = "http://images.cocodataset.org/zips/"
+SEMIVL_HOST = "https://github.com/google-research/semivl/releases/download/checkpoints/"
+ADE20K_HOST = "http://data.csail.mit.edu/places/ADEchallenge/"
+COMMIT = "13ee65d6f27e197e0b55d987b346fc880fc811ca"  # of the authors' lists: they cannot change
+LIST_HOST = f"https://raw.githubusercontent.com/google-research/semivl/{COMMIT}/splits/"
 ARCHIVES = {
     "voc": [
-        Archive("VOCtrainval_11-May-2012.tar", 2.0, "6cd6e144f989b92b3379bac3b3de84fd", VOC_HOSTS)
+        Archive("VOCtrainval_11-May-2012.tar", VOC_HOST, 2.0, "6cd6e144f989b92b3379bac3b3de84fd")
     ],
     "coco": [
-        Archive("train2017.zip", 19.3, "cced6f7f71b7629ddf16f17bbcfab6b2", COCO_HOSTS),
-        Archive("val2017.zip", 0.8, "442b8da7639aecaf257c1dceb8ba8c80", COCO_HOSTS),
-        Archive("ground_truth_coco.zip", 0.5, None, COCO_MASKS_HOSTS),
+        Archive("train2017.zip", COCO_HOST, 19.3, "cced6f7f71b7629ddf16f17bbcfab6b2"),
+        Archive("val2017.zip", COCO_HOST, 0.8, "442b8da7639aecaf257c1dceb8ba8c80"),
+        Archive("ground_truth_coco.zip", SEMIVL_HOST, 0.5, None),
     ],
     "ade20k": [
-        Archive("ADEChallengeData2016.zip", 1.0, "7328b3957e407ddae1d3cbf487f149ef", ADE20K_HOSTS)
+        Archive("ADEChallengeData2016.zip", ADE20K_HOST, 1.0, "7328b3957e407ddae1d3cbf487f149ef")
     ],
-    "cityscapes": [  # both need a login, so they are taken from --source only
-        Archive("leftImg8bit_trainvaltest.zip", 11.6, None, ()),
-        Archive("gtFine_trainvaltest.zip", 0.25, None, ()),
+    "cityscapes": [
+        Archive("leftImg8bit_trainvaltest.zip", None, 11.6, None),
+        Archive("gtFine_trainvaltest.zip", None, 0.25, None),
     ],
 }
-TAKEN = {  # pattern of a path in the archives -> path in the data folder; the rest is left out
-    "voc": {r"VOCdevkit/VOC2012/((JPEGImages/[^/]+\.jpg)|(SegmentationClass/[^/]+\.png))": r"\1"},
-    "coco": {r"((train|val)2017/\d{12}\.jpg)": r"\1", r"(.*/)?(\d{12}\.png)": r"masks/\2"},
-    "ade20k": {
-        r"ADEChallengeData2016/((images|annotations)/(training|validation)/"
-        r"ADE_\w+\.(jpg|png))": r"\1"
-    },
-    "cityscapes": {
-        r"(leftImg8bit|gtFine)/(train|val)/\w+/\w+_(leftImg8bit|gtFine_labelIds)\.png": r"\g<0>"
-    },
-}
+TOP = {"voc": "VOCdevkit/VOC2012", "ade20k": "ADEChallengeData2016"}  # folder in the archive
 COUNTS = {  # training images, validation images
     "voc": (10_582, 1_449),
     "coco": (118_287, 5_000),
     "ade20k": (20_210, 2_000),
     "cityscapes": (2_975, 500),
 }
-
-COMMIT = "13ee65d6f27e197e0b55d987b346fc880fc811ca"  # of the authors' lists: they cannot change
-LIST_HOSTS = (
-    f"https://raw.githubusercontent.com/google-research/semivl/{COMMIT}/",
-    f"https://cdn.jsdelivr.net/gh/google-research/semivl@{COMMIT}/",
-)
 LISTS = {  # file below our splits/ -> file below theirs, or None: made by ade20k_list()
     "voc": {f"{n}/labeled.txt": f"pascal/{n}/labeled.txt" for n in (92, 183, 366, 732, 1464)}
     | {"val.txt": "pascal/val.txt", "train.txt": "pascal/train_aug.txt"},
@@ -187,90 +188,48 @@ LISTS = {  # file below our splits/ -> file below theirs, or None: made by ade20
     }
     | {"val.txt": "cityscapes/val.txt"},
 }
+TRAIN_IMAGES = {  # where all training images lie; VOC has a list of them
+    "coco": "train2017/*.jpg",
+    "ade20k": "images/training/*.jpg",
+    "cityscapes": "leftImg8bit/train/*/*.png",
+}
 
 
-def fetch(archive: Archive, downloads: Path) -> Path:
-    """The file in `downloads`, from the first URL that serves it with the right MD5."""
-    from torch.hub import download_url_to_file
-    from torchvision.datasets.utils import check_integrity
+def is_in(source: str | None, archive: Archive) -> bool:
+    return source is not None and (Path(source) / archive.name).is_file()
 
-    file, failed = downloads / archive.name.replace("/", "-"), []
-    for url in [host + archive.name for host in archive.hosts]:
-        try:
-            if not file.exists():  # else an interrupted process has fetched it already
-                download_url_to_file(url, str(file))
-            if check_integrity(file, archive.md5):
-                return file
-            file.unlink()
-            raise OSError("the MD5 is wrong")
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            failed.append(f"{url}: {getattr(error, 'reason', error)}")
-    raise OSError(
-        f"{archive.name} cannot be fetched ({'; '.join(failed)}); start again, or put it "
-        "into a FOLDER under this name and run python data_prep.py NAME --source FOLDER"
+
+def fetch(archive: Archive, folder: Path, downloads: Path, source: str | None) -> None:
+    """Unpacks an archive into the folder, from `source` if it is there, else from `downloads`,
+    where it is fetched unless it is there, too."""
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    own = is_in(source, archive)
+    require(
+        own or archive.host,
+        f"{archive.name} needs a login; get the archives from https://www.cityscapes-dataset.com, "
+        "then run python data_prep.py cityscapes --source FOLDER",
     )
-
-
-def unpack(archive: Path, taken: dict[str, str], folder: Path) -> None:
-    """The regular files of a tar or zip whose path matches a pattern of `taken`, and no others."""
-
-    def place(name: str) -> str | None:
-        return next(
-            (match.expand(new) for old, new in taken.items() if (match := re.fullmatch(old, name))),
-            None,
-        )
-
-    try:
-        if archive.suffix == ".zip":
-            with zipfile.ZipFile(archive) as file:
-                for info in progress(file.infolist(), f"unpack {archive.name}"):
-                    if new := place(info.filename):
-                        info.filename = new
-                        file.extract(info, folder)
-        else:
-            with tarfile.open(archive) as file:
-                for info in progress(file, f"unpack {archive.name}"):
-                    if info.isfile() and (new := place(info.name)):
-                        file.extract(info.replace(name=new, deep=False), folder, filter="data")
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise UserError(
-            f"{archive}: damaged ({str(error).splitlines()[0]}); remove it and start again"
-        ) from None
-
-
-def read_mask(file: Path) -> np.ndarray:
-    try:
-        with Image.open(file) as image:
-            return np.array(image)
-    except MemoryError:  # the file is not to blame
-        raise
-    except Exception as error:  # damaged files make Pillow raise almost anything
-        raise UserError(f"{file.name}: not an image that can be read ({error})") from None
+    place = Path(source) if own else downloads
+    md5 = None if own else archive.md5  # the user may have packed it anew
+    print(f"{archive.size:5.1f} GB  {place / archive.name}", flush=True)
+    with blame(
+        f"{place / archive.name} cannot be had or is damaged; remove it and start again, "
+        "or put one from elsewhere into a FOLDER and run python data_prep.py NAME --source FOLDER"
+    ):
+        url = f"{archive.host}{archive.name}"
+        download_and_extract_archive(url, str(place), str(folder), archive.name, md5)
 
 
 def change_masks(files: list[Path], table: np.ndarray) -> None:
     """Rewrites masks through a table [256] of new values; labelIds become labelTrainIds."""
 
     def change(file: Path) -> None:
-        mask = table[read_mask(file)]
-        file.unlink()
-        file = file.with_name(file.name.replace("labelIds", "labelTrainIds"))
-        Image.fromarray(mask).save(file, compress_level=1)
+        with blame(file), Image.open(file) as image:
+            mask = table[np.asarray(image)]
+        save_mask(mask, file.with_name(file.name.replace("labelIds", "labelTrainIds")))
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(progress(pool.map(change, files), "convert masks", total=len(files)))
-
-
-def reduce_ade20k(folder: Path) -> None:
-    """Masks of ADE20K: 0 ("other") becomes IGNORE, 1 to 150 become 0 to 149. Some copies
-    in circulation are converted already: they hold 255 and never 150. A second shift would turn
-    every class into its neighbour, so they stay as they are."""
-    files = sorted(folder.glob("annotations/*/*.png"))
-    largest = (read_mask(file).max() for file in progress(files, "raw or converted"))
-    found = next((value for value in largest if value in (150, IGNORE)), None)
-    require(found, "ADE20K: the masks hold neither 150 (raw) nor 255 (converted)")
-    if found == 150:
-        change_masks(files, np.arange(256, dtype=np.uint8) - 1)  # 0 wraps round to 255
+    in_threads(change, files, "convert masks")
 
 
 def ade20k_list(file: str) -> str:
@@ -285,116 +244,82 @@ def ade20k_list(file: str) -> str:
     return "\n".join(f"images/{name}.jpg annotations/{name}.png" for name in names)
 
 
-def write_json(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2), encoding="utf-8")
-
-
 def settle(name: str, folder: Path) -> None:
-    """From unpacked archives and lists to a data folder, with a check that it is complete."""
-    train = folder / "splits/train.txt"
-    if name == "ade20k":
-        reduce_ade20k(folder)
-    elif name == "cityscapes":
+    """From unpacked archives and lists to a canonical folder, which is checked."""
+    for path in [*(folder / TOP.get(name, "none")).glob("*")]:
+        path.rename(folder / path.name)
+    if name == "ade20k":  # 0 is "other" and wraps round to 255; 1 to 150 become 0 to 149
+        table = np.arange(256, dtype=np.uint8) - 1
+        change_masks(sorted(folder.glob("annotations/*/*.png")), table)
+    if name == "cityscapes":
         table = np.full(256, IGNORE, np.uint8)
         for c in cityscapes_trained():
             table[c.id] = c.train_id
         change_masks(sorted(folder.glob("gtFine/*/*/*_labelIds.png")), table)
+    if name == "coco":  # where the archive has the masks is not published
+        (folder / "masks").mkdir(exist_ok=True)
+        for file in [*folder.rglob("*.png")]:
+            file.replace(folder / "masks" / file.name)
+    train = folder / "splits/train.txt"
     if name == "voc":  # most of these masks are not in the archive; unlabelled images need none
         images = [line.split()[0] for line in train.read_text(encoding="utf-8").splitlines()]
     else:
-        pattern = {
-            "coco": "train2017/*.jpg",
-            "ade20k": "images/training/*.jpg",
-            "cityscapes": "leftImg8bit/train/*/*.png",
-        }[name]
-        images = sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern))
+        files = folder.glob(TRAIN_IMAGES[name])
+        images = sorted(file.relative_to(folder).as_posix() for file in files)
     train.write_text("\n".join(images), encoding="utf-8")
-    write_json(folder / "dataset.json", {"classes": class_names(name), "ignore_index": IGNORE})
+    write_json(folder / "dataset.json", {"classes": class_names(name)})
 
-    counts, missing = dict(zip(("train.txt", "val.txt"), COUNTS[name])), set()
+    counts = dict(zip(("train.txt", "val.txt"), COUNTS[name]))
     for file in ("train.txt", *LISTS[name]):
-        lines = (folder / "splits" / file).read_text(encoding="utf-8").splitlines()
+        found = len((folder / "splits" / file).read_text(encoding="utf-8").splitlines())
         count = counts.get(file) or int(Path(file).parent.name)
         require(
-            len(lines) == count,
-            f"{name}: splits/{file} has {len(lines)} images instead of "
-            f"{count}; the archives or the lists are of another version",
+            found == count,
+            f"{name}: splits/{file} has {found} images instead of {count}; the archives or the "
+            "lists are of another version",
         )
-        missing |= {path for path in " ".join(lines).split() if not (folder / path).is_file()}
-    require(
-        not missing,
-        f"{name}: {len(missing)} listed files are not in the archives: "
-        + ", ".join(sorted(missing)[:3])
-        + ", ..." * (len(missing) > 3),
-    )
+    check_folder(folder)
 
 
 def make_published(name: str, folder: Path, downloads: Path, source: str | None) -> None:
     """Fills `folder` from the archives and lists in `source`, or fetched to `downloads`."""
-    published = [path for path in LISTS[name].values() if path]
-    lists = [Archive(f"splits/{path}", 0, None, LIST_HOSTS) for path in published]
-    wanted = lists + ARCHIVES[name]
-    if source and "://" in source:
-        mirror = source.rstrip("/") + "/"
-        wanted = [a._replace(hosts=(mirror, *a.hosts)) for a in wanted]
-    files = {a.name: file for a in wanted if source and (file := Path(source) / a.name).is_file()}
-    missing = [a for a in wanted if a.name not in files]
-    login = [a.name for a in missing if not a.hosts]
-    require(
-        not login,
-        f"{name}: {' and '.join(login)} cannot be fetched without a login; get the "
-        "archives from https://www.cityscapes-dataset.com, then run python data_prep.py "
-        "cityscapes --source FOLDER_OF_BOTH",
-    )
-    print(f"making {downloads.parent / name}; fetched files stay in {downloads} until the end:")
-    for a in ARCHIVES[name]:
-        print(f"  {a.size:5.1f} GB  {files.get(a.name) or a.hosts[0] + a.name}", flush=True)
-    need = sum(a.size for a in missing + ARCHIVES[name])  # to fetch, and to unpack
-    need -= sum(f.stat().st_size for a in missing for f in downloads.glob(f"{a.name}*")) / 1e9
-    free = shutil.disk_usage(folder).free / 1e9
-    if free < need:
-        raise OSError(
-            f"{name} needs about {need:.1f} GB, but {free:.1f} GB are free in "
-            f"{downloads.parent}; choose another disk by --root"
-        )
+    from torchvision.datasets.utils import download_url
 
-    downloads.mkdir(exist_ok=True)
-    fetched = {a.name: fetch(a, downloads) for a in missing}
-    files |= fetched
+    print(f"making {downloads.parent / name}; fetched files stay in {downloads} until the end")
+    for archive in ARCHIVES[name]:
+        fetch(archive, folder, downloads, source)
     for new, path in LISTS[name].items():
         file = folder / "splits" / new
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            text = files[f"splits/{path}"].read_text("utf-8") if path else ade20k_list(new)
-        except UnicodeDecodeError:
-            raise UserError(f"{files[f'splits/{path}']}: no text in UTF-8") from None
-        file.write_text(text, encoding="utf-8")
-    for a in ARCHIVES[name]:
-        unpack(files[a.name], TAKEN[name], folder)
+        if not path:
+            file.write_text(ade20k_list(new), encoding="utf-8")
+        elif source and (Path(source) / "splits" / path).is_file():
+            shutil.copy(Path(source) / "splits" / path, file)
+        else:
+            with blame(LIST_HOST + path):
+                download_url(LIST_HOST + path, str(file.parent), file.name)
     settle(name, folder)
-    for file in fetched.values():  # the user's own files are not among them
-        file.unlink(missing_ok=True)
+    for archive in ARCHIVES[name]:
+        if not is_in(source, archive):
+            (downloads / archive.name).unlink()
     with contextlib.suppress(OSError):
         downloads.rmdir()  # unless the user keeps something there
 
 
 def prepare(name: str, root="data", source: str | None = None) -> Path:
     """Makes root/NAME, complete or not at all, if it is not there already, and returns its path.
-    source: folder, or URL of a mirror, with the archives (and perhaps the lists under splits/)."""
+    source: a folder with the archives (and perhaps the lists, under splits/)."""
     root, target = Path(root), Path(root) / name
     # Toy worlds of older versions lack this file; semivl.py could not load their CLIP.
     mark = target / ("open_clip_config.json" if name == "toy" else "dataset.json")
     require(name != "toy" or not source, "--source does not go with toy: nothing is fetched for it")
-    require(
-        not source or "://" in source or Path(source).is_dir(),
-        f"--source {source}: neither a folder nor a URL",
-    )
+    require(not source or Path(source).is_dir(), f"--source {source}: there is no such folder")
     if mark.is_file():
         return target
     require(
         not target.exists(),
-        f"{target} has no {mark.name}: another program or an older "
-        "version made it; move it away and start again",
+        f"{target} has no {mark.name}: another program or an older version made it; move it away "
+        "and start again",
     )
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as temporary:
@@ -441,7 +366,7 @@ COLORS = {
     "white": (250, 250, 248),
     "grey": (160, 166, 178),
 }
-THINGS = {  # class -> colours and pattern of its body; then its icon
+THINGS = {  # class -> colours and pattern of its body, then its icon
     "car": """red blue, plain
 poly sky -.62 -.05 -.4 -.6 .34 -.6 .66 -.05
 round body -1 -.14 1 .44; box body -.08 -.6 .04 0; disc dark -.76 .16 -.22 .7
@@ -503,7 +428,6 @@ GROUNDS = {  # ground -> (base colour, second colour)
 }
 TOY_CLASSES = ["background", *THINGS]
 TOY_DEFINITIONS = {"background": [*GROUNDS, *CLUTTER]}
-MASK_COLORS = "dark red orange yellow green lime blue sky pink brown cream".split()
 
 
 def paint_body(color: tuple, pattern: str, side: int, rng: random.Random) -> Image.Image:
@@ -538,19 +462,19 @@ def draw_part(draw: ImageDraw.ImageDraw, kind: str, xy: list[float], fill) -> No
 
 def paint_icon(name: str, radius: float, rng: random.Random) -> Image.Image:
     """One object, RGBA [2 radius, 2 radius], in a random colour, direction and small tilt."""
-    head, icon = (THINGS | CLUTTER)[name].split("\n", 1)
-    colors, pattern = head.split(", ")
+    body, *icon = (THINGS | CLUTTER)[name].splitlines()
+    colors, pattern = body.split(", ")
     side = ZOOM * int(2 * radius)
-    body = paint_body(COLORS[rng.choice(colors.split())], pattern, side, rng)
+    cloth = paint_body(COLORS[rng.choice(colors.split())], pattern, side, rng)
     sprite = Image.new("RGBA", (side, side))
     draw = ImageDraw.Draw(sprite)
-    for part in icon.replace("\n", ";").split(";"):
+    for part in ";".join(icon).split(";"):
         kind, color, *numbers = part.split()
         xy = [(float(number) + 1) / 2 * (side - 1) for number in numbers]
         if color == "body":
             cut = Image.new("L", (side, side))
             draw_part(ImageDraw.Draw(cut), kind, xy, 255)
-            sprite.paste(body, mask=cut)
+            sprite.paste(cloth, mask=cut)
         else:
             draw_part(draw, kind, xy, COLORS[color])
     if rng.random() < 0.5:
@@ -609,7 +533,7 @@ class Painter:
         rng = self.rng
         _, image = self.ground(SCENE)
         mask = Image.new("P", (SCENE, SCENE))
-        mask.putpalette([value for color in MASK_COLORS for value in COLORS[color]])
+        mask.putpalette(SHADES)
         things = rng.choice((1, 2, 3, 3))
         for i, quarter in enumerate(rng.sample(range(4), 4)):
             if i >= things and rng.random() < 0.4:
@@ -640,33 +564,25 @@ class Painter:
 STEPS = 600
 BATCHES = {24: 192, 48: 96}  # side of the crops that CLIP sees -> images in a step, in turn
 LR = 3e-3
-CLIP_CONFIGS = {
-    "toy": {  # settings as open_clip has them
-        "embed_dim": 64,
-        "vision_cfg": {
-            "image_size": SCENE,
-            "patch_size": 8,
-            "width": 96,
-            "layers": 3,
-            "head_width": 32,
-            "pool_type": "avg",
-        },
-        "text_cfg": {
-            "context_length": 16,
-            "vocab_size": 49408,
-            "width": 64,
-            "heads": 2,
-            "layers": 1,
-        },
-    }
+TOY_CLIP = {  # settings as open_clip has them
+    "embed_dim": 64,
+    "vision_cfg": {
+        "image_size": SCENE,
+        "patch_size": 8,
+        "width": 96,
+        "layers": 3,
+        "head_width": 32,
+        "pool_type": "avg",
+    },
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
 }
 
 
-def empty_clip(name: str):
-    """The open_clip.CLIP of that name with random weights."""
+def empty_clip():
+    """The toy world's open_clip.CLIP with random weights."""
     import open_clip
 
-    return open_clip.CLIP(**CLIP_CONFIGS[name])
+    return open_clip.CLIP(**TOY_CLIP)
 
 
 def random_crops(images, side: int):
@@ -717,7 +633,7 @@ def pretrain_tiny_clip(images: list[Image.Image], captions: list[str]):
         for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     )
     torch.manual_seed(0)
-    model = empty_clip("toy")
+    model = empty_clip()
     # Guidance assumes a scale of 100, at which real CLIP ends. Learned, it would stay near 20 here,
     # and guidance would be too sure. At 100 cosines differ less, and the decoder learns slower.
     # 50 is a compromise.
@@ -728,7 +644,7 @@ def pretrain_tiny_clip(images: list[Image.Image], captions: list[str]):
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LR, STEPS, pct_start=0.1, cycle_momentum=False
     )
-    bar = progress(range(STEPS), "pre-training the tiny CLIP")
+    bar = tqdm(range(STEPS), "pre-training the tiny CLIP", disable=None)
     for step in bar:
         side, size = [*BATCHES.items()][step % len(BATCHES)]
         batch = torch.randint(len(images), (size,))
@@ -759,67 +675,82 @@ def make_toy(folder: Path) -> None:
     (folder / "splits").mkdir()
     for split, count in SPLITS.items():
         names = [(f"images/{split}/{i:04}.png", f"masks/{split}/{i:04}.png") for i in range(count)]
-        for pair in progress(names, f"painting {split} scenes"):
+        for pair in tqdm(names, f"painting {split} scenes", disable=None):
             for name, image in zip(pair, painter.scene()):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 image.save(folder / name)
         lines = "".join(f"{image} {mask}\n" for image, mask in names)
         (folder / f"splits/{split}.txt").write_text(lines, encoding="utf-8")
-    write_json(
-        folder / "dataset.json",
-        {"classes": TOY_CLASSES, "definitions": TOY_DEFINITIONS, "ignore_index": IGNORE},
-    )
+    content = {"classes": TOY_CLASSES, "definitions": TOY_DEFINITIONS}
+    write_json(folder / "dataset.json", content)
     painter = Painter("corpus 0")
-    bar = progress(range(CORPUS), "painting the corpus")
+    bar = tqdm(range(CORPUS), "painting the corpus", disable=None)
     images, captions = zip(*(painter.captioned() for _ in bar))
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         clip = pretrain_tiny_clip(images, captions)
     torch.save(clip.state_dict(), folder / "open_clip_pytorch_model.bin")
-    write_json(
-        folder / "open_clip_config.json",
-        {
-            "model_cfg": CLIP_CONFIGS["toy"],
-            "preprocess_cfg": {
-                "mean": open_clip.OPENAI_DATASET_MEAN,
-                "std": open_clip.OPENAI_DATASET_STD,
-            },
-        },
-    )
+    colors = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    config = {"model_cfg": TOY_CLIP, "preprocess_cfg": colors}
+    write_json(folder / "open_clip_config.json", config)
 
 
 # Your own pictures --------------------------------------------------------------------------------
-# A label is (class name, its number in masks, its colour in masks or None).
+# Files are found and paired by their names, masks become class numbers, and the folder is checked.
+# A value of a mask is a number or, in colour masks, a tuple (red, green, blue).
 
 NO_LABEL = ("void", "ignore", "__ignore__", "unlabeled", "unlabelled")  # these are no classes
+LABELMAPS = ("labelmap.txt", "_classes.csv", "class_names.txt", "labels.txt")  # in exports
+IMAGE_FOLDERS = set("images image img img_dir jpegimages".split())
+MASK_FOLDERS = set("masks mask labels annotations ann_dir segmentationclass".split())
+PARTS = {"val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
+MASK_NAME = re.compile(r"^mask_|([_-](masks?|labels?|segmentation|l)|\.(jpe?g|png))$")
+RULE = "a mask is called NAME.png or NAME_mask.png, with the NAME of its image"
 
 
-def read_labelmap(file: Path) -> list[tuple]:
-    """Labels of CVAT ("NAME:R,G,B::" a line), Roboflow ("VALUE, NAME") or labelme ("NAME")."""
-    labels, kinds = [], set()
-    title = r"(pixel value|value|id|index|number),.*|names?|class(es)?"
+def read_labelmap(file: Path) -> dict:
+    """Value -> name, of CVAT ("NAME:R,G,B::" a line), Roboflow ("VALUE, NAME") or labelme ("NAME").
+    For the comma there may be a semicolon or TAB, as Excel writes them, or a blank."""
+    names, kinds = {}, set()
     for at, line in enumerate(file.read_text("utf-8-sig", "replace").splitlines(), 1):
-        # Excel writes semicolons or TABs where the commas were, and a person a blank.
-        line = re.sub(r"^(\d+) +(?=[^\s,;])", r"\1,", re.sub(r"[;\t]", ",", line.strip()))
-        line = re.sub(r"\s*([:,])\s*", r"\1", line)
-        if not line or line[0] == "#" or (not labels and re.fullmatch(title, line.lower())):
-            continue
-        match = re.fullmatch(r"(?:(\d+),)?([^:,\ufffd]+)(?::(\d+,\d+,\d+)(?::.*)?)?", line)
-        number, name, color = match.groups() if match else ("256", "", None)
-        color = color and tuple(map(int, color.split(",")))
-        kinds.add((number is None, color is None))
-        require(
-            len(kinds) == 1 and max(int(number or 0), *(color or [0])) < 256,
-            f"{file}, line "
-            f"{at}: {line!r} should be 'NAME:R,G,B::', 'VALUE, NAME' or 'NAME' (to 255, UTF-8)",
+        line = re.sub(r"\s*([:,;\t])\s*", r"\1", line.strip())
+        title = re.fullmatch(
+            r"(pixel value|value|id|index)[,;\t].*|names?|class(es)?", line.lower()
         )
-        if labels or line != "__ignore__":  # as the first line, labelme does not count it
-            labels.append((name, len(labels) if number is None else int(number), color))
-    return labels
+        if not line or line[0] == "#" or (title and not names):
+            continue
+        if line == "__ignore__" and not names:  # labelme has it first, and does not count it
+            continue
+        pattern = r"(?:(\d+)[,;\s])?([^:,;\t\ufffd]+)(?::(\d+),(\d+),(\d+)(?::.*)?)?"
+        match = re.fullmatch(pattern, line)
+        number, name, *color = match.groups() if match else ("256", "", None)
+        kinds.add((number is None, color[0] is None))
+        value = len(names) if number is None else int(number)
+        if color[0]:
+            value = tuple(map(int, color))
+        require(
+            len(kinds) == 1 and np.max(value) < 256 and value not in names,
+            f"{file}, line {at}: {line!r} should be 'NAME:R,G,B::', 'VALUE, NAME' or 'NAME', as "
+            "the lines above it (values to 255, none twice, UTF-8)",
+        )
+        names[value] = name
+    return names
+
+
+def class_list(names: dict, source: str) -> list[str]:
+    """The classes, without what means "no label", in the order of the class numbers to be."""
+    classes = [name for name in names.values() if name.lower() not in NO_LABEL]
+    twice = [name for name in classes if classes.count(name) > 1]
+    require(not twice, f"{source}: {twice[:1]} is there twice")
+    require(
+        all(classes) and 2 <= len(classes) <= IGNORE,
+        f"{source}: should name 2 to 255 classes (not ''; perhaps background is missing)",
+    )
+    return classes
 
 
 def find_files(folder: Path) -> list[Path]:
-    """All files below a folder, also of linked folders. Left out are hidden ones, instance masks
-    (SegmentationObject), and what this project wrote: runs, data folders, overlays."""
+    """All files below a folder, also of linked folders. Left out are hidden ones, instance masks,
+    and what this project wrote: runs, data folders, overlays."""
     require(folder.is_dir(), f"{folder}: there is no such folder")
     found, seen = [], set()
     for path, folders, names in os.walk(folder, followlinks=True):
@@ -830,263 +761,444 @@ def find_files(folder: Path) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if name[0] != ".")
-        found += [here / n for n in names if n[0] != "." and "-overlay.p" not in n]
-    return sorted(found)
+        found += [here / n for n in sorted(names) if n[0] != "." and "-overlay.p" not in n]
+    return found
 
 
-MASK_NAME = re.compile(r"^mask_|([_-](masks?|labels?|segmentation|l)|\.(jpe?g|png))$")
-MASK_FOLDERS = set("masks mask labels annotations ann_dir segmentationclass".split())
-KINDS = MASK_FOLDERS | set("images image img img_dir jpegimages".split())
-LABELMAPS = ("labelmap.txt", "_classes.csv", "class_names.txt", "labels.txt")  # in exports
-RULE = "a mask is called NAME.png or NAME_mask.png, with the NAME of its image"
+def key_of(path: Path) -> str:
+    """What an image and its mask have in common: the path in lower case, without its suffix and the
+    folders that only tell images from masks."""
+    folders = [part.lower() for part in path.parts[:-1]]
+    folders = [part for part in folders if part not in IMAGE_FOLDERS | MASK_FOLDERS]
+    return unicodedata.normalize("NFC", "/".join([*folders, path.stem.lower()]))
 
 
-def pair_pictures(images: Path, masks: Path) -> list[tuple]:
-    """(image, mask of the same name or None), in the order of names: paths without suffix."""
-    found, problems, left_out = ({}, {}), [], Counter()
-    suffixes = Image.registered_extensions()
-    for kind, (folder, other) in enumerate([(images, masks), (masks, images)]):
-        for file in find_files(folder):
-            path = file.relative_to(folder)
-            *folders, name = unicodedata.normalize("NFC", path.as_posix().lower()).split("/")
-            name = Path(name).stem
-            is_mask = re.search("[_-]masks?$", name) or MASK_FOLDERS & {*folders}
-            if folder == other and bool(is_mask) != kind:
+def find_pictures(images: list[Path], masks: list[Path]) -> tuple[dict, dict]:
+    """key -> file of the images, and of the masks. In a folder of both their names decide."""
+    found, left_out = ({}, {}), Counter()
+    roots = [*dict.fromkeys(images + masks)]
+    for root in roots:
+        inner = [other for other in roots if root in other.parents]
+        for file in find_files(root):
+            if any(other in file.parents for other in inner):
+                continue  # that folder has its own turn
+            path, suffix = file.relative_to(root), file.suffix.lower()
+            if suffix not in Image.registered_extensions():
+                left_out[suffix or file.name] += file.name not in LABELMAPS
                 continue
-            name = "/".join([*(part for part in folders if part not in KINDS), name])
-            if folder in other.parents and other in file.parents:
-                continue
-            if file.suffix.lower() not in suffixes:
-                left_out[file.suffix.lower() or file.name] += file.name not in LABELMAPS
-                continue
-            if kind and name not in found[0]:
-                start, slash, last = name.rpartition("/")
-                name = start + slash + MASK_NAME.sub("", last)
-            if found[kind].setdefault(name, file) != file:
-                problems.append(f"{found[kind][name]} and {file}: one name for two; rename one")
-            if re.search("[\0-\x1f\x85\u2028\u2029\ud800-\udfff\\\\]", path.as_posix()):
-                problems.append(f"{str(file)!r}: letters that lists cannot hold; rename it")
-        others = ", ".join(f"{n} {suffix}" for suffix, n in (+left_out).most_common(5))
-        told = f", but {others}, which are no pictures" if others else ""
+            odd = re.search("[\0-\x1f\x85\u2028\u2029\ud800-\udfff\\\\]", file.as_posix())
+            require(not odd, f"{str(file)!r}: letters that lists cannot hold; rename it")
+            is_mask = root in masks
+            if is_mask and root in images:
+                in_folder = MASK_FOLDERS & {part.lower() for part in path.parts[:-1]}
+                is_mask = in_folder or re.search("[_-]masks?$", path.stem.lower())
+            other = found[bool(is_mask)].setdefault(key_of(path), file)
+            require(other == file, f"{other} and {file}: one name for two; rename one")
+    told = ", ".join(f"{n} {suffix}" for suffix, n in (+left_out).most_common(5))
+    for kind, files in zip(("images", "masks"), found):
+        where = ", ".join(map(str, images if kind == "images" else masks))
         require(
-            found[kind],
-            f"{folder}: no {('images', 'masks')[kind]} there{told}; images are needed, and masks "
-            "for some, as pictures (polygons must be drawn first), in --masks DIR or as "
-            "NAME_mask.png beside NAME.jpg",
+            files,
+            f"{where}: no {kind} there" + (told and f", but {told}, which are no pictures") + ". "
+            f"Images are needed, and masks for some (polygons must be drawn first); {RULE}",
         )
-        if others and not kind:
-            print(f"note: left out are {others}; photographs of these kinds can be saved as JPEG")
-        left_out.clear()
-    require(not problems, *problems)
-    lost = [str(file) for name, file in found[1].items() if name not in found[0]]
-    told = f"masks have no image of their name: {', '.join(lost[:3])}" + ", ..." * (len(lost) > 3)
-    some = next(iter(found[0].values()))
-    require(len(lost) < len(found[1]), f"all {told}; images are {some}, ...; {RULE}")
+    if told:
+        print(f"note: left out are {told}; photographs of these kinds can be saved as JPEG")
+    return found
+
+
+def pair_pictures(images: list[Path], masks: list[Path]) -> dict[str, tuple]:
+    """key -> (image, mask or None), in the order of keys."""
+    image_of, found = find_pictures(images, masks)
+    mask_of, lost = {}, []
+    for key, mask in found.items():
+        if key not in image_of:
+            folder, slash, name = key.rpartition("/")
+            key = folder + slash + MASK_NAME.sub("", name)
+        if key not in image_of:
+            lost.append(str(mask))
+            continue
+        other = mask_of.setdefault(key, mask)
+        require(other == mask, f"{other} and {mask}: two masks for one image; remove one")
+    told = f"{len(lost)} masks have no image of their name, such as {', '.join(lost[:3])}"
+    require(mask_of, f"all {told}; images are {next(iter(image_of.values()))}, ...; {RULE}")
     if lost:
-        print(f"note: {len(lost)} {told}")
-    return [(image, found[1].get(name)) for name, image in sorted(found[0].items())]
+        print(f"note: {told}")
+    return {key: (image_of[key], mask_of.get(key)) for key in sorted(image_of)}
 
 
-def count_pixels(file: Path) -> tuple[dict, dict] | str:
-    """A mask's pixels by number (empty if it is drawn in RGB) and by colour, or what is wrong."""
-    try:
-        with Image.open(file) as image:
-            kind = f"{image.format} {image.info.get('compression', '')}".strip()
-            require(
-                re.match("(PNG|TIFF|BMP)(?!.*(jp|webp))", kind),
-                f"{kind} may change numbers; export masks as PNG",
+def read_values(file: Path, by_color: bool) -> tuple[np.ndarray, list]:
+    """A mask of any format -> indices [H, W], and the value that each index stands for: a number,
+    or a tuple (red, green, blue)."""
+    with blame(file), Image.open(file) as image:
+        kind = f"{image.format} {image.info.get('compression', '')}".strip()
+        exact = re.match("(PNG|TIFF|BMP)(?!.*(jp|webp))", kind)
+        require(exact, f"{kind} may change numbers; save masks as PNG")
+        raw = re.search("'([^']+)'", str(image.tile[0][3:]))[1]  # what the file has for a pixel
+        levels = {"1": 2, "L;2": 4, "L;4": 16}.get(raw)
+        plain = image.mode in ("P", "L", "RGB", "RGBA") and (image.mode == "P" or ";" not in raw)
+        deep = image.mode in ("I", "I;16")
+        told = f"pixels of kind {raw}; save masks as grey, palette or RGB with 8 bits"
+        require(plain or levels or deep, told)
+        if image.mode[:3] == "RGB":
+            return read_colors(image, by_color)
+        pixels = np.asarray(image.convert("L") if image.mode == "1" else image)
+        if deep:
+            require(pixels.min() >= 0 and pixels.max() <= 255, "values over 255; save 8 bits")
+            pixels = pixels.astype(np.uint8)
+        if levels and image.mode != "P":  # Pillow stretches them to 0 ... 255
+            pixels = pixels // (255 // (levels - 1))
+        if not by_color:
+            return pixels, [*range(256)]
+        if image.mode == "P":
+            flat = [*image.getpalette(), *bytes(768)]  # a palette may be shorter than 256
+            return pixels, [tuple(flat[i : i + 3]) for i in range(0, 768, 3)]
+        return pixels, [(grey, grey, grey) for grey in range(256)]
+
+
+def read_colors(image: Image.Image, by_color: bool) -> tuple[np.ndarray, list]:
+    """The same for a mask of mode RGB or RGBA."""
+    if image.mode == "RGBA":
+        opaque = image.getchannel("A").getextrema() == (255, 255)
+        require(opaque, "some pixels are transparent; save masks without transparency")
+    pixels = np.asarray(image.convert("RGBA")).view("<u4")[..., 0] & 0xFFFFFF  # blue, green, red
+    there = np.zeros(1 << 24, bool)
+    there[pixels] = True
+    colors = np.flatnonzero(there)
+    require(len(colors) <= 4096, "over 4096 colours; save masks as flat areas with hard edges")
+    index_of = np.zeros(1 << 24, np.uint16)
+    index_of[colors] = np.arange(len(colors))
+    values = [(color & 255, color >> 8 & 255, color >> 16) for color in colors.tolist()]
+    if not by_color and all(red == green == blue for red, green, blue in values):
+        values = [red for red, _, _ in values]
+    return index_of[pixels], values
+
+
+def save_mask(mask: np.ndarray, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(mask)
+    image.putpalette(SHADES)
+    image.save(file, compress_level=1)
+
+
+def convert_masks(place_of: dict[Path, Path], names: dict, source: str) -> None:
+    """Writes masks of any format as class numbers to place_of[mask]. names: value -> name."""
+    by_color = any(isinstance(value, tuple) for value in names)
+
+    def count(mask: Path) -> dict:
+        pixels, values = read_values(mask, by_color)
+        counts = np.bincount(pixels.ravel(), minlength=len(values)).tolist()
+        found = Counter()
+        for value, n in zip(values, counts):  # a palette may hold a colour twice
+            found[value] += n
+        return +found  # without those that do not occur
+
+    found = dict(zip(place_of, in_threads(count, [*place_of], "read masks")))
+    seen = set().union(*found.values())
+    require(
+        names,
+        f"masks hold {sorted(seen, key=str)[:30]}: name 0, 1, 2 ... by --classes a,b,c, other "
+        "values by --labelmap FILE with lines VALUE, NAME, colours with lines NAME:R,G,B",
+    )
+    classes = class_list(names, source)
+    if [*names] == [0, 1] and 255 in seen <= {0, 255}:
+        print(f"note: masks hold 0 and 255 only; read as {names[0]} and {names[1]}")
+        names = {0: names[0], 255: names[1]}
+    table = {} if by_color else {IGNORE: IGNORE}
+    for value, name in names.items():
+        table[value] = classes.index(name) if name in classes else IGNORE
+    problems = []
+    for mask, counts in found.items():
+        wrong = {value: n for value, n in counts.items() if value not in table}
+        if wrong:
+            told = ", ".join(f"{value}: {n} pixels" for value, n in [*wrong.items()][:8])
+            problems.append(
+                f"{mask}: no class of {source} has {told}; correct the mask, or name it"
             )
-            require(
-                image.mode in ("P", "L", "I", "I;16", "RGB", "RGBA")
-                and not re.search("'[^IP']*;", str(image.tile)),
-                f"mode {image.mode}, or not 8 bits a value, would "
-                "change numbers; export masks as greyscale, palette or RGB with 8 bits",
-            )
-            opaque = image.mode != "RGBA" or image.getchannel("A").getextrema() == (255, 255)
-            require(opaque, "some pixels are transparent; export masks without transparency")
-            colors = image.convert("RGB").getcolors(4096)
-            require(colors, "over 4096 colours; export masks as flat areas with hard edges")
-            numbers = {}
-            if image.mode in ("P", "L"):
-                numbers = {value: n for value, n in enumerate(image.histogram()) if n}
-            elif image.mode[0] == "I":
-                numbers = Counter(np.asarray(image).ravel().tolist())
-            return numbers, {color: n for n, color in colors}
-    except MemoryError:  # the file is not to blame
-        raise
-    except Exception as error:  # damaged files make Pillow raise almost anything
-        return f"{file}: {error}"
+            if not by_color and isinstance([*wrong][0], tuple):
+                problems[-1] += " in a --labelmap with lines NAME:R,G,B"
+    require(not problems, *problems)
+
+    def convert(mask: Path) -> None:
+        pixels, values = read_values(mask, by_color)
+        numbers = np.uint8([table.get(value, IGNORE) for value in values])
+        save_mask(numbers[pixels], place_of[mask])
+
+    in_threads(convert, [*place_of], "convert masks")
 
 
-def relative(file: Path, home: Path) -> str:
-    """The path of a file as lists have it: relative to `home`, or absolute on another drive."""
-    with contextlib.suppress(ValueError):
-        return Path(os.path.relpath(file, home)).as_posix()
-    return file.as_posix()
-
-
-def list_line(pair: tuple, home: Path) -> str:
-    """ "IMAGE MASK" or "IMAGE"; with a TAB behind the image if a name has blanks."""
-    words = [relative(file, home) for file in pair if file]
+def list_line(entry: tuple, home: Path) -> str:
+    """ "IMAGE MASK" or "IMAGE", with a TAB behind the image if a name has blanks. Paths are
+    relative to `home`, or absolute on another drive."""
+    words = []
+    for file in filter(None, entry):
+        try:
+            words.append(Path(os.path.relpath(file, home)).as_posix())
+        except ValueError:
+            words.append(file.as_posix())
     line = " ".join(words)
     return line if line.split() == words else "\t".join([*words, ""][:2])
 
 
-def draw_val(masked: list[tuple], images: Path, share: float, seed: int) -> set[tuple]:
-    """The pairs that validate: those in a folder called val, or else a random share. Copies of one
-    picture stay together: Roboflow calls those of NAME.jpg NAME_jpg.rf.HASH.jpg."""
-    in_val = set()
-    for pair in masked:
-        folders = {part.lower() for part in pair[0].relative_to(images).parts[:-1]}
-        if folders & {"val", "valid", "validation"}:
-            in_val.add(pair)
-    if in_val:
-        print(f"note: {len(in_val)} masked images are in folders of val; they validate")
-        return in_val
-    origin = {pair: re.sub(r"\.rf\.\w+$", "", str(pair[0].with_suffix(""))) for pair in masked}
-    groups = [*dict.fromkeys(origin.values())]
-    require(len(groups) > 1, "copies of one image only; training and validation need one each")
-    count = max(1, min(len(groups) - 1, round(share * len(groups))))
-    drawn = {*random.Random(seed).sample(groups, count)}
-    return {pair for pair in masked if origin[pair] in drawn}
+def divide(pairs: dict[str, tuple], in_val: set, share: float, seed: int) -> dict[str, list]:
+    """Name of a list -> pairs: as folders are called, or the names `in_val` say; else a share of
+    the masked images is drawn to validate. Copies of one picture stay together."""
+    part_of = {}
+    for key in pairs:
+        *folders, name = key.split("/")
+        named = [PARTS[folder] for folder in folders if folder in PARTS]
+        part_of[key] = "val" if name in in_val else (named or ["train"])[0]
+    masked = [key for key, (_, mask) in pairs.items() if mask]
+    if "val" not in [part_of[key] for key in masked]:
+        # Roboflow calls augmented copies of NAME.jpg NAME_jpg.rf.HASH.jpg.
+        origin = {key: re.sub(r"\.rf\.\w+$", "", key) for key in pairs}
+        groups = sorted({origin[key] for key in masked if part_of[key] == "train"})
+        require(len(groups) > 1, "one mask only; training and validation need one each")
+        count = max(1, min(len(groups) - 1, round(share * len(groups))))
+        drawn = {*random.Random(seed).sample(groups, count)}
+        part_of |= {key: "val" for key in pairs if origin[key] in drawn}
+    lists = {}
+    for key, pair in pairs.items():
+        if pair[1] or part_of[key] == "train":
+            lists.setdefault(part_of[key], []).append(pair)
+    require(any(mask for _, mask in lists.get("train", [])), "no image to train on has a mask")
+    return lists
+
+
+def write_folder(home, content: dict, lists: dict, place_of: dict, names: dict, source: str):
+    """Makes a canonical folder. lists: name -> pairs (image, mask or None); masks, of any format,
+    become masks/place_of[mask]. Lists that `home` has already are set aside as NAME-before."""
+    place = home if home.exists() else home.parent  # nothing is left of what fails
+    place.mkdir(parents=True, exist_ok=True)
+    target = home / ("masks-numbers" if (home / "masks").exists() else "masks")
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=place) as temporary:
+        new = Path(temporary)
+        new_place = {mask: new / "masks" / place for mask, place in place_of.items()}
+        convert_masks(new_place, names, source)
+        pairs_of = {
+            name: [(image, new_place.get(mask)) for image, mask in pairs]
+            for name, pairs in lists.items()
+        }
+        check(content["classes"], pairs_of)
+        for name, pairs in lists.items():
+            lines = [list_line((i, m and target / place_of[m]), home) for i, m in pairs]
+            file = new / "splits" / f"{name}.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("\n".join([*lines, ""]), encoding="utf-8")
+        write_json(new / "dataset.json", content)
+        home.mkdir(exist_ok=True)
+        (new / "masks").rename(target)
+        for path in (home / "splits", home / "dataset.json"):
+            if path.exists():
+                path.rename(path.with_name(f"{path.name}-before"))
+            (new / path.name).rename(path)
 
 
 def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0.2, seed=0) -> None:
-    """Makes a data folder that points to pictures where they lie, as told on top of this file.
-    classes: names of the mask values 0, 1, ...; val: share of the masked images for validation."""
-    home, images, masks = (Path(path).resolve() for path in (folder, images, masks or images))
-    made = (home / "splits", home / "dataset.json")
-    if not (labelmap or classes):  # an export brings it with it
-        places = [images, *sorted(images.glob("*/"))]
-        brought = [place / name for place in places for name in LABELMAPS]
-        labelmap = next(filter(Path.is_file, brought), None)
-    source = labelmap or "--classes"
+    """Makes a canonical folder from pictures, which stay where they are, as told on top of this
+    file. classes: names of the mask values 0, 1, ...; val: share of the masked images."""
+    home = Path(folder).resolve()
+    images = [Path(path).resolve() for path in images]
+    masks = [Path(path).resolve() for path in masks or images]
     require(folder and 0 < val < 1, f"--val {val}: should be between 0 and 1, and FOLDER a name")
     require(not (labelmap and classes), "either --classes or --labelmap names the classes")
-    for path in made:
-        require(not path.exists(), f"{path} is there already; move it, or take another FOLDER")
-    labels = [(name, number, None) for number, name in enumerate(classes or ())]
-    labels = read_labelmap(Path(labelmap)) if labelmap else labels
-    for column in zip(*labels):
-        twice = [v for v in column if v is not None and column.count(v) > 1]
-        require(not twice, f"{source}: {twice[:1]} is there twice")
-    void = [label[0] for label in labels if label[0].lower() in NO_LABEL]
-    require(
-        not (labelmap or classes)
-        or all(name for name, *_ in labels)
-        and len(void) < 2
-        and 2 <= len(labels) - len(void) <= 255,
-        f"{source}: should name 2 to 255 classes "
-        f"(not ''), and at most one of {', '.join(NO_LABEL)}",
-    )
+    for path in (home / "splits", home / "dataset.json", home / "masks"):
+        ours = path in masks + images or not path.exists()
+        require(ours, f"{path} is there already; move it, or take another FOLDER")
+    if not (classes or labelmap):  # an export brings it with it
+        places = [place for root in images for place in (root, *sorted(root.glob("*/")))]
+        brought = [place / name for place in places for name in LABELMAPS]
+        labelmap = next(filter(Path.is_file, brought), None)
+    names = read_labelmap(Path(labelmap)) if labelmap else dict(enumerate(classes or ()))
+    source = str(labelmap or "--classes")
+    classes = class_list(names, source) if names or labelmap else []
 
     pairs = pair_pictures(images, masks)
-    masked = [pair for pair in pairs if pair[1]]
-    require(len(masked) > 1, f"{masks}: one mask only; training and validation need one each")
-    found = [count_pixels(mask) for _, mask in progress(masked, "read masks")]
-    require(not (problems := [told for told in found if isinstance(told, str)]), *problems)
-    numbers = {number: name for name, number, _ in labels}
-    colors = {color: name for name, _, color in labels if color}
-    fits = [
-        sum({*counts[i]} <= {*table, IGNORE} for counts in found)
-        for i, table in enumerate((numbers, colors))
-    ]
-    # Colours of a labelmap decide. Only grey masks may be meant by its order instead.
-    grey = all(len({*color}) == 1 for counts in found for color in counts[1])
-    by_order = grey and fits[0] > fits[1]
-    colored = any(not counts[0] for counts in found) or bool(colors) and not by_order
-    pixels, shown = Counter(), Counter()
-    for counts in found:
-        pixels.update(counts[colored])
-        shown.update([*counts[colored]])
-    require(
-        labels,
-        f"masks hold {sorted(pixels)[:30]}: name 0, 1, 2 ... by --classes a,b,c, other "
-        "values by --labelmap FILE with lines VALUE, NAME, colours with lines NAME:R,G,B",
-    )
-    names = colors if colors and colored else numbers  # value in the masks -> class
-    ends = ((0, 0, 0), (255, 255, 255)) if colored else (0, 255)
-    if [*names] == [0, 1] and ends[1] in pixels.keys() <= {*ends}:
-        names = dict(zip(ends, names.values()))
-        print("note: masks hold 0 and 255 only; read as {} and {}".format(*names.values()))
-    keys = {name: value for value, name in names.items()}
-    ignore = keys.pop(void[0]) if void else -1 if IGNORE in names else IGNORE
-    names[ignore] = "(no label)"
-    for (_, mask), counts in zip(masked, found):
-        if wrong := sorted((v, n) for v, n in counts[colored].items() if v not in names):
-            told = ", ".join(f"{v}: {n} pixels" for v, n in wrong[:8]) + ", ..." * (len(wrong) > 8)
-            where = source if colors or not colored else "a --labelmap: a line NAME:R,G,B for each"
-            problems.append(f"{mask}: no class has {told}; correct it, or name it in {where}")
-    require(not problems, *problems)
-
-    drawn = draw_val(masked, images, val, seed)
-    require(len(drawn) < len(masked), "no image to train on has a mask; all are in folders of val")
-    content = {"classes": [*keys], "ignore_index": ignore}
-    if [*keys.values()] != [*range(len(keys))]:
-        content["colors"] = keys
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".splits-", dir=home) as temporary:
-        new = [Path(temporary) / path.name for path in made]
-        new[0].mkdir()
-        for name in ("train", "val"):
-            entries = [pair for pair in pairs if (pair in drawn) == (name == "val")]
-            lines = [list_line(pair, home) + "\n" for pair in entries]
-            (new[0] / f"{name}.txt").write_text("".join(lines), encoding="utf-8")
-        write_json(new[1], content)
-        for file, path in zip(new, made):
-            file.rename(path)
-    for v, name in names.items():
-        print(f"{pixels[v] / pixels.total():7.2%} of pixels, {shown[v] or 'no':>5} masks: {name}")
-    left, bare = len(masked) - len(drawn), len(pairs) - len(masked)
-    print(f"{left} images with and {bare} without mask to train, {len(drawn)} to validate; next:")
+    listed = [file for root in images for file in root.glob("ImageSets/Segmentation/val.txt")]
+    in_val = {name.lower() for file in listed for name in file.read_text("utf-8").split()}
+    lists = divide(pairs, in_val, val, seed)
+    place_of = {mask: f"{key}.png" for key, (_, mask) in pairs.items() if mask}
+    write_folder(home, {"classes": classes}, lists, place_of, names, source)
+    left = sum(mask is not None for _, mask in lists["train"])
+    bare = len(lists["train"]) - left
+    print(f"{left} images with and {bare} without mask to train, {len(lists['val'])} to validate")
     folder = f'"{folder}"' if " " in str(folder) else folder
-    print(
-        f"python semivl.py --dataset {folder} --labels {left if bare else max(1, left // 4)}"
-        + " --unlabelled off" * (left == 1 and not bare)
-    )
+    count = left if bare else max(1, left // 4)
+    alone = " --unlabelled off" if left == 1 and not bare else ""
+    print(f"next: python semivl.py --dataset {folder} --labels {count}{alone}")
+
+
+def convert_old(home: Path) -> None:
+    """Turns a folder whose dataset.json has "colors" or another "ignore_index" into a canonical
+    one. Its masks stay; its lists and dataset.json are set aside."""
+    content = read_json(home)
+    classes, colors = content.pop("classes"), content.pop("colors", {})
+    ignore = content.pop("ignore_index", -1 if colors else IGNORE)
+    values = [*(colors.get(name, number) for number, name in enumerate(classes)), ignore]
+    values = [tuple(value) if isinstance(value, list) else value for value in values]
+    names = dict(zip(values, [*classes, "void"]))
+    lists = read_lists(home)
+    masks = dict.fromkeys(mask for pairs in lists.values() for _, mask in pairs if mask)
+    place_of = {mask: f"{at:06}-{mask.stem}.png" for at, mask in enumerate(masks)}
+    content = {"classes": classes} | content
+    write_folder(home, content, lists, place_of, names, f"{home}/dataset.json")
+
+
+# The check of a canonical folder ------------------------------------------------------------------
+
+
+def read_json(home: Path) -> dict:
+    with blame(home / "dataset.json"):
+        content = json.loads((home / "dataset.json").read_text("utf-8-sig"))
+        require(isinstance(content["classes"], list), "'classes' should be a list of names")
+        return content
+
+
+def read_lists(home: Path) -> dict[str, list]:
+    """Name of a list (train, val, 8/labeled) -> pairs of files (image, mask or None)."""
+    lists = {}
+    for file in sorted((home / "splits").rglob("*.txt")):
+        pairs = []
+        with blame(file):
+            text = file.read_text("utf-8-sig").replace("\\", "/")
+            for line in filter(str.strip, text.splitlines()):
+                words = line.split("\t") if "\t" in line else line.split()
+                image, mask, *more = [word.strip() for word in words] + [""]
+                told = f"{line!r} should be 'IMAGE MASK', with a TAB between if a name has blanks"
+                require(image and not any(more), told)
+                pairs.append((home / image, home / mask if mask else None))
+        lists[file.relative_to(home / "splits").with_suffix("").as_posix()] = pairs
+    for name in ("train", "val"):
+        require(lists.get(name), f"{home}/splits/{name}.txt: needed, with a line for each image")
+    return lists
+
+
+def image_size(file: Path, turned: list) -> tuple[int, int]:
+    """Width and height of an image as it is seen; opens all of it. Notes it if EXIF turns it."""
+    with blame(file), Image.open(file) as image:
+        require(image.mode[0] not in "IF", f"mode {image.mode}; save it with 8 bits")
+        image.load()
+        orientation = 1
+        with contextlib.suppress(Exception):  # damaged EXIF data: it stays as it is
+            orientation = image.getexif().get(0x0112, 1)
+        if orientation > 1:
+            turned.append(file)
+        return image.size if orientation < 5 else image.size[::-1]
+
+
+def mask_pixels(file: Path, count: int, size: tuple) -> np.ndarray:
+    """Pixels of each value of a canonical mask with `count` classes, for an image of that size."""
+    with blame(file), Image.open(file) as mask:
+        exact = mask.mode == "P" or (mask.mode == "L" and mask.tile[0][3] == "L")
+        require(
+            exact and mask.format == "PNG",
+            f"{mask.format} of mode {mask.mode} is no PNG of class numbers (8 bits, grey or "
+            "palette); --images DIR --masks DIR makes them",
+        )
+        told = (
+            f"{mask.width} x {mask.height} pixels, but its image has {size[0]} x {size[1]} upright"
+        )
+        require(mask.size == size, told)
+        pixels = np.array(mask.histogram()[:256])
+        wrong = [value for value in range(count, IGNORE) if pixels[value]]
+        require(not wrong, f"no class has {wrong[:8]}; classes are 0 to {count - 1}")
+        return pixels
+
+
+def check(classes: list[str], lists: dict[str, list]) -> None:
+    """Opens all files of a canonical folder. Prints pixels and masks of each class, and what looks
+    like a mistake. UserError with up to 20 problems that would spoil a run."""
+    turned, lists_of = [], {}
+
+    def look(pair: tuple) -> np.ndarray | None:
+        size = image_size(pair[0], turned)
+        return mask_pixels(pair[1], len(classes), size) if pair[1] else None
+
+    pairs = [*dict.fromkeys(pair for pairs in lists.values() for pair in pairs)]
+    pixels_of = dict(zip(pairs, in_threads(look, pairs, "check")))
+    shown = {}  # list -> pixels [masks, 256]
+    for name, pairs in lists.items():
+        rows = [pixels_of[pair] for pair in pairs if pair[1]]
+        if rows:
+            shown[name] = np.stack(rows)
+        for image, _ in pairs:
+            parts = lists_of.setdefault(os.path.realpath(image), {})
+            parts["train" if "/" in name else name] = True
+    print(f"{'pixels (masks)':22}" + "".join(f"{name:>22}" for name in shown))
+    for number, title in [*enumerate(classes), (IGNORE, "no label")]:
+        columns = [rows[:, number] for rows in shown.values()]
+        cells = [f"{column.sum():,} ({np.count_nonzero(column)})" for column in columns]
+        print(f"{title:22}" + "".join(f"{cell:>22}" for cell in cells))
+    for name, rows in shown.items():
+        absent = [title for number, title in enumerate(classes) if not rows[:, number].any()]
+        if absent:
+            print(f"note: no mask of {name} shows {', '.join(absent)}")
+        require(name != "train" or len(absent) + 1 < len(classes), "train shows one class only")
+    if turned:
+        print(f"note: EXIF orientation turns {len(turned)} images; are their masks upright?")
+    double = [image for image, parts in lists_of.items() if len(parts) > 1]
+    if double:
+        parts = " and ".join(lists_of[double[0]])
+        print(f"note: {len(double)} images are in {parts}, such as {double[0]}")
+
+
+def check_folder(home: Path) -> None:
+    """The check of a folder on disk."""
+    content = read_json(home)
+    old = "colors" in content or content.get("ignore_index", IGNORE) != IGNORE
+    require(not old, f"{home}: masks are no class numbers: python data_prep.py {home} --convert")
+    check(content["classes"], read_lists(home))
 
 
 def main(argv=None) -> int:
-    """Command line: `data_prep.py toy|voc|coco|ade20k|cityscapes`, or FOLDER --images DIR."""
+    """The command line, as told on top of this file. Returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     sets = ["toy", *ARCHIVES]
-    parser.add_argument("dataset", help=f"{', '.join(sets)}; with --images a FOLDER to make")
-    parser.add_argument("--root", help="where data sets are kept [data]")
-    parser.add_argument("--source", help="folder, or URL of a mirror, that has the archives")
-    parser.add_argument("--images", metavar="DIR", help="your own pictures, also in subfolders")
-    parser.add_argument("--masks", metavar="DIR", help="their masks [NAME_mask.png in --images]")
-    parser.add_argument(
-        "--classes",
-        metavar="a,b,c",
-        help="names of the mask values 0, 1, 2 ...",
-        type=lambda text: [name.strip() for name in text.split(",")],
-    )
-    parser.add_argument("--labelmap", metavar="FILE", help="or a file of CVAT, Roboflow, labelme")
-    parser.add_argument("--val", type=float, help="share of the masks for validation [0.2]")
+    own = parser.add_argument_group("your own pictures")
+    parser.add_argument("dataset", metavar="NAME", help=f"{', '.join(sets)}, or a FOLDER")
+    parser.add_argument("--root", help="where the named sets are kept [data]")
+    parser.add_argument("--source", metavar="FOLDER", help="that has the archives of a named set")
+    own.add_argument("--images", metavar="DIR", nargs="+", help="pictures, also in subfolders")
+    own.add_argument("--masks", metavar="DIR", nargs="+", help="their masks [those in --images]")
+    own.add_argument("--classes", metavar="a,b,c", help="names of the mask values 0, 1, 2 ...")
+    own.add_argument("--labelmap", metavar="FILE", help="or a file of CVAT, Roboflow, labelme")
+    own.add_argument("--val", type=float, help="share of the masks that validates [0.2]")
+    own.add_argument("--convert", action="store_true", help='a FOLDER with "colors" of before')
     # A mistake is told in one line, as are those below; argparse would print its usage before it.
     parser.error = lambda message: parser.exit(2, f"data_prep.py: {message}\n")
     args = vars(parser.parse_args(argv))
-    name, root, source = map(args.pop, ("dataset", "root", "source"))
-    own = {key: value for key, value in args.items() if value is not None}
+    name, root, source, convert = map(args.pop, ("dataset", "root", "source", "convert"))
+    given = {key: value for key, value in args.items() if value is not None}
     try:
-        require(
-            not own if name in sets else "images" in own and not root and not source,
-            f"{name}: should be one of {', '.join(sets)} (with --root, --source), or a "
-            "new FOLDER, with --images DIR (and --masks, --classes, --labelmap, --val)",
-        )
-        if own:
-            from_pictures(name, **own)
-        else:
+        if name in sets:
+            require(
+                not given and not convert, f"{name} is made as published, without these options"
+            )
             present = (Path(root or "data") / name).exists()
             path = prepare(name, root or "data", source)
             print(f"{path} is there already; nothing to do" if present else f"{path} is complete")
+            return 0
+        require(not root and not source, f"{name} is none of {', '.join(sets)}")
+        if "images" in given:
+            if "classes" in given:
+                given["classes"] = [word.strip() for word in given["classes"].split(",")]
+            from_pictures(name, **given)
+            return 0
+        told = (
+            f"{name}: neither one of {', '.join(sets)}, nor a data folder, nor --images DIR given"
+        )
+        require(not given and (Path(name) / "dataset.json").exists(), told)
+        if convert:
+            convert_old(Path(name))
+        else:
+            check_folder(Path(name))
         return 0
     except (UserError, OSError) as error:  # all else is a bug, and keeps its traceback
         message, code = str(error), 2
     except KeyboardInterrupt:
-        message, code = "interrupted" + "; what was fetched is kept" * (not own), 130
+        message, code = "interrupted" + "; what was fetched is kept" * (name in sets), 130
     print(f"data_prep.py: {message}", file=sys.stderr)  # only here are all progress bars closed
     return code
 

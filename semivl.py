@@ -49,7 +49,7 @@ import sys
 import tempfile
 import threading
 import time
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -663,14 +663,15 @@ class EMATeacher:
 
 
 # 7. Data: a folder of images; crops of them in weak and strong views (UniMatch's) -----------------
-# An entry is a pair of paths (image, mask or None), relative to the data folder:
-#     FOLDER/dataset.json        {"classes": ["sky", "car"], "definitions": {"car": ["car", "van"]},
-#                                 "ignore_index": 255}; the last two are optional
-#     FOLDER/splits/train.txt    one image per line: "IMAGE MASK", or "IMAGE" if it has no mask
-#     FOLDER/splits/val.txt      "IMAGE MASK". Optional: test.txt; 8/labeled.txt, for --labels 8
-# Masks hold class numbers, 0 for the first of "classes". If they hold colours or other numbers,
-# dataset.json lists those: "colors": {"sky": [70, 130, 180], "car": [0, 0, 142]}, or {"sky": 0,
-# "car": 255}. With "colors", "ignore_index" is written like them, and has no default.
+# Every data set, published or your own, is one canonical folder. data_prep.py makes it of what you
+# have, and `python data_prep.py FOLDER` checks one that is written by hand:
+#     FOLDER/dataset.json      {"classes": ["sky", "car"], "definitions": {"car": ["car", "van"]}};
+#                              definitions are optional
+#     FOLDER/splits/train.txt  an image per line: "IMAGE MASK", or "IMAGE" if it has no mask; a TAB
+#                              between them if a name has blanks; paths are relative to FOLDER
+#     FOLDER/splits/val.txt    "IMAGE MASK". Optional: test.txt; 8/labeled.txt, for --labels 8
+# A mask is a PNG whose pixels are class numbers, 0 for the first of "classes", or 255: no label. It
+# is as large as its upright image. An entry is the pair (image, mask or None) of a line.
 def read_image(file: Path) -> torch.Tensor:
     """Any image file -> uint8 RGB [3, H, W], turned upright as its EXIF orientation says."""
     with blame(file), Image.open(file) as image:
@@ -681,58 +682,52 @@ def read_image(file: Path) -> torch.Tensor:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def read_mask(file: Path, values: dict[int, int], rgb: bool = False) -> torch.Tensor:
-    """PNG, BMP or TIFF -> uint8 [H, W]. values: pixel (with `rgb` 65536 r + 256 g + b) -> class
-    number or IGNORE. UserError for other pixels, and for a format that may have changed them."""
+def read_mask(file: Path, num_classes: int) -> torch.Tensor:
+    """A PNG of class numbers, palette or grey -> uint8 [H, W]; UserError for any other pixel."""
     with blame(file), Image.open(file) as image:
-        # PIL rescales 2- and 4-bit grey and 16-bit colour: repr(tile) then has "L;4" or "RGB;16B".
-        lossy = re.search("[ABLR];|jpeg", f"{image.tile} {image.info.get('compression')}")
-        modes = ("P", "L", "RGB", "RGBA") if rgb else ("P", "L", "I", "I;16")
+        # PIL stretches grey of 2 or 4 bits to 0 ... 255; such a file has a raw mode like "L;4".
+        stretched = image.mode == "L" and image.tile[0][3] != "L"
         require(
-            image.format in ("PNG", "BMP", "TIFF") and image.mode in modes and not lossy,
-            f"{image.format} of mode {image.mode}; save class numbers as palette or 8-bit grey "
-            "PNG (JPEG, GIF, 2 and 4 bits change them), or list 'colors' in dataset.json",
+            image.format == "PNG" and image.mode in ("P", "L", "I;16") and not stretched,
+            f"{image.format} of mode {image.mode} is no PNG of class numbers with 8 bits; "
+            "python data_prep.py FOLDER --images DIR --masks DIR makes them",
         )
-        # Unconverted, a palette PNG gives its numbers; converted, the colours of its palette.
-        mask = np.array(image.convert("RGB")) @ (65536, 256, 1) if rgb else np.array(image)
-        found, place, counts = np.unique(mask, return_inverse=True, return_counts=True)
-        for value, count in zip(found.tolist(), counts.tolist()):
-            require(
-                value in values,
-                f"{count} pixels hold "
-                f"{[*value.to_bytes(3, 'big')] if rgb else value}, which in dataset.json "
-                "is no class and not the ignore_index",
-            )
-        numbers = np.uint8([values[value] for value in found.tolist()])
-        return torch.from_numpy(numbers[place].reshape(mask.shape))
+        mask = np.array(image)
+        wrong = mask[(mask >= num_classes) & (mask != IGNORE)]
+        require(
+            not len(wrong),
+            f"{len(wrong)} pixels, the first of value {wrong[:1]}, are neither a class (0 to "
+            f"{num_classes - 1}) nor 255, no label; python data_prep.py FOLDER tells more",
+        )
+        return torch.from_numpy(mask.astype(np.uint8))
 
 
 def read_list(folder: Path, name: str, need_mask: bool) -> list[tuple]:
-    """Lines of FOLDER/splits/NAME -> entries; paths of images are normalised."""
+    """Lines of FOLDER/splits/NAME -> entries."""
     entries = []
-    with blame(file := folder / "splits" / name):  # utf-8-sig: some editors put a mark in front
-        text = file.read_text("utf-8-sig").replace("\\", "/")
-        for line in filter(str.strip, text.splitlines()):
-            words = [word.strip() for word in line.split("\t")] if "\t" in line else line.split()
-            image, mask = [*words, ""][:2]
+    file = folder / "splits" / name
+    with blame(file):
+        text = file.read_text("utf-8-sig").replace("\\", "/")  # Windows: a mark in front, its paths
+        for line in text.splitlines():
+            words = line.split("\t") if "\t" in line else line.split()
+            image, mask, *more = [word.strip() for word in words] + ["", ""]
+            if not image and not mask:
+                continue
             require(
-                image
-                and (mask or not need_mask)
-                and len(words) <= 2
-                and (not mask or "." in image or "\t" in line),
-                f"{line!r}: should be 'IMAGE.xxx MASK', with a TAB behind a name that has blanks",
+                image and not any(more) and (mask or not need_mask),
+                f"{line!r}: should be 'IMAGE MASK', with a TAB between if a name has blanks",
             )
-            entries.append((os.path.normpath(image), mask or None))
+            entries.append((image, mask or None))
         require(entries, "no line in it")
     return entries
 
 
 @dataclasses.dataclass
-class Folder:  # a data set on disk
+class Folder:
+    """A data set on disk."""
+
     path: Path
     classes: dict[str, list[str]]  # name -> concepts, in the order of class numbers
-    values: dict[int, int]  # what its masks hold -> class number or IGNORE
-    rgb: bool  # whether its masks hold colours
     train: list[tuple]  # entries; the mask may be None
     val: list[tuple]  # entries
     test: list[tuple]  # entries; may be empty
@@ -741,48 +736,48 @@ class Folder:  # a data set on disk
         return read_image(self.path / entry[0])
 
     def mask(self, entry: tuple) -> torch.Tensor:
-        return read_mask(self.path / entry[1], self.values, self.rgb)
+        return read_mask(self.path / entry[1], len(self.classes))
 
-    def check(self, lists: dict[str, list]) -> None:
-        """Opens every file that will be used; lists: title -> entries. Prints the pixels of each
-        class, and what looks like a mistake. Raises UserError with up to 20 problems."""
-        problems, pixels, titles_of = [], {}, {}
-        turned, N = 0, len(self.classes)
-        for title, entry in progress([(t, e) for t in lists for e in lists[t]], "check"):
-            file = os.path.realpath(self.path / entry[0])
-            titles_of[file] = (*titles_of.get(file, ()), title)
-            try:
-                size = self.image(entry).shape[1:]
-                if entry[1]:
-                    label = self.mask(entry)
-                    require(
-                        label.shape == size,
-                        f"{self.path / entry[1]}: should have its image's "
-                        f"{size[1]} x {size[0]} pixels, upright as EXIF orientation says",
-                    )
-                    counts = label.flatten().bincount(minlength=IGNORE + 1)
-                    pixels[title] = pixels.get(title, 0) + torch.cat([counts[:N], counts[-1:]])
-                    with contextlib.suppress(Exception), Image.open(file) as image:
-                        turned += image.getexif().get(0x0112) in range(2, 9)  # orientation
-            except UserError as error:
-                problems.append(str(error))
-        problems[20:] = [f"... and {len(problems) - 20} more"] * (len(problems) > 20)
-        require(not problems, "\n".join(problems))
-        say_table("pixels", [*self.classes, "no label"], pixels, ",")
-        for title, counts in pixels.items():
-            absent = [name for name, count in zip(self.classes, counts) if not count]
-            if absent:
-                say(f"note: no {title} mask shows {', '.join(absent)}")
-            require(
-                title != "labelled" or len(absent) + 1 < N,
-                "only one class is shown; label "
-                'more, or, if black is 0 and white 255, give "colors": {NAME: 0, NAME: 255}',
-            )
-        if turned:
-            say(f"note: EXIF orientation turns {turned} images; are their masks upright?")
-        for titles in sorted({t for t in titles_of.values() if len(t) > 1}):
-            files = [file for file in titles_of if titles_of[file] == titles]
-            say(f"note: {len(files)} images are {' and '.join(titles)}: {', '.join(files[:3])}")
+    def pair(self, entry: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image uint8 [3, H, W] and mask uint8 [H, W] of an entry."""
+        image, mask = self.image(entry), self.mask(entry)
+        height, width = image.shape[1:]
+        require(
+            mask.shape == (height, width),
+            f"{self.path / entry[1]}: {mask.shape[1]} x {mask.shape[0]} pixels, but its image has "
+            f"{width} x {height} upright",
+        )
+        return image, mask
+
+
+def read_classes(file: Path) -> dict[str, list[str]]:
+    """dataset.json -> class name -> concepts, in the order of class numbers."""
+    with blame(f"{file} (of the folder that --dataset names)"):
+        content = json.loads(file.read_text("utf-8-sig"))
+        old = "colors" in content or content.get("ignore_index", IGNORE) != IGNORE
+        require(
+            not old,
+            "'colors' and 'ignore_index' are no longer read; python data_prep.py "
+            f"{file.parent} --convert turns the masks into class numbers",
+        )
+        names = content.get("classes")
+        require(is_list_of_names(names), "'classes' should be a list of names")
+        require(
+            2 <= len(names) <= IGNORE, f"'classes' should have 2 to {IGNORE} names; add background"
+        )
+        require(len({*names}) == len(names), "'classes' has a name twice")
+        definitions = content.get("definitions")
+        if definitions is None:  # {} switches the built-in ones off
+            built_in = [known for known in DEFINITIONS.values() if [*known] == names]
+            definitions = built_in[0] if built_in else {}
+        for name, concepts in definitions.items():
+            require(name in names, f"'definitions' has {name!r}, which is no class")
+            require(is_list_of_names(concepts), f"the definition of {name!r} should be a list")
+        return {name: definitions.get(name, [name]) for name in names}
+
+
+def is_list_of_names(value) -> bool:
+    return isinstance(value, list) and value != [] and all(isinstance(v, str) for v in value)
 
 
 @contextlib.contextmanager
@@ -807,49 +802,11 @@ def open_data(cfg: Config) -> Folder:
         require(WORLD == 1, f"{path} is missing: first run python data_prep.py {cfg.dataset}")
         with from_data_prep(f"--dataset {cfg.dataset}") as data_prep:
             data_prep.prepare(cfg.dataset, cfg.root)
-    packed = lambda v: int.from_bytes(bytes(v), "big") if isinstance(v, list) else v  # noqa: E731
-    with blame(f"{path}/dataset.json (of the folder that --dataset names)"):
-        content = dict(classes=None, definitions=None, colors={})
-        content |= json.loads((path / "dataset.json").read_text("utf-8-sig"))
-        names, colors = content["classes"], content["colors"]
-        ignore = content.get("ignore_index", -1 if colors else IGNORE)  # -1 ignores nothing
-        known = {str([*d]): d for d in DEFINITIONS.values()}  # same names, same definitions
-        concepts = content["definitions"]
-        if concepts is None:  # {} switches the built-in ones off
-            concepts = known.get(str(names), {})
-        require(
-            all(
-                isinstance(words, list) and {*map(type, words)} == {str}
-                for words in (names, *concepts.values())
-            ),
-            "'classes', and each of 'definitions', is a list of names",
-        )
-        require(
-            1 < len({*names}) == len(names) <= IGNORE and {*concepts} <= {*names},
-            f"2 to {IGNORE} classes (perhaps background), none twice; definitions of these only",
-        )
-        require({*colors} in ({*names}, set()), "'colors' must have an entry for each class")
-        require(
-            all(
-                isinstance(v, int) or isinstance(v, list) and len(v) == 3
-                for v in (ignore, *colors.values())
-            ),
-            "'ignore_index', and each of 'colors': [r, g, b] or number",
-        )
-        rgb = any(isinstance(color, list) for color in colors.values())
-        values = {packed(colors.get(name, n)): n for n, name in enumerate(names)}
-        # If masks hold colours, the number 255 ignores nothing: as a colour it would be blue.
-        ignore = -1 if rgb and not isinstance(ignore, list) else ignore
-        values[packed(ignore)] = IGNORE
-        require(
-            len(values) == len(names) + 1,
-            f"ignore_index {ignore} is a class, too, or two "
-            "classes look alike; -1 ignores nothing, 'colors' says which value is which class",
-        )
-    test = read_list(path, "test.txt", True) if (path / "splits/test.txt").exists() else []
+    classes = read_classes(path / "dataset.json")
     train, val = read_list(path, "train.txt", False), read_list(path, "val.txt", True)
-    classes = {name: concepts.get(name, [name]) for name in names}
-    return Folder(path, classes, values, rgb, train, val, test)
+    has_test = (path / "splits/test.txt").exists()
+    test = read_list(path, "test.txt", True) if has_test else []
+    return Folder(path, classes, train, val, test)
 
 
 def draw_labelled(folder: Folder, count: int, seed: int) -> list[tuple]:
@@ -857,19 +814,47 @@ def draw_labelled(folder: Folder, count: int, seed: int) -> list[tuple]:
     few images easily miss a class: of 100 draws the one whose masks show most classes is taken."""
     if (folder.path / f"splits/{count}/labeled.txt").exists():
         return read_list(folder.path, f"{count}/labeled.txt", True)
-    with_mask = [*dict(entry for entry in folder.train if entry[1]).items()]  # each image once
-    if count > len(with_mask):
-        listed = [file.parent.name for file in folder.path.glob("splits/*/labeled.txt")]
-        counts = sorted(int(name) for name in listed if name.isdecimal())
-        told = f"; there are lists for {', '.join(map(str, counts))}" if counts else ""
-        raise UserError(
-            f"--labels {count}: only {len(with_mask)} images of train.txt have masks{told}"
-        )
-    shown = lru_cache(None)(lambda i: {*folder.mask(with_mask[i]).unique().tolist()} - {IGNORE})
+    masks = {image: mask for image, mask in folder.train if mask}  # each image once
+    with_mask = [*masks.items()]
+    listed = sorted(int(f.parent.name) for f in folder.path.glob("splits/[0-9]*/labeled.txt"))
+    told = f"; there are lists for {', '.join(map(str, listed))}" if listed else ""
+    require(
+        count <= len(with_mask),
+        f"--labels {count}: only {len(with_mask)} images of train.txt have masks{told}",
+    )
     rng = np.random.default_rng(seed)
-    draws = [rng.choice(len(with_mask), count, replace=False).tolist() for _ in range(100)]
-    best = max(progress(draws, "look at masks"), key=lambda d: len(set().union(*map(shown, d))))
+    shown = {}  # place in with_mask -> the classes of this mask
+    best, most = [], -1
+    for _ in progress(range(100), "look at masks"):
+        draw = rng.choice(len(with_mask), count, replace=False).tolist()
+        for i in draw:
+            if i not in shown:
+                shown[i] = {*folder.mask(with_mask[i]).unique().tolist()} - {IGNORE}
+        classes = set().union(*(shown[i] for i in draw))
+        if len(classes) > most:
+            best, most = draw, len(classes)
     return [with_mask[i] for i in best]
+
+
+def check_labelled(folder: Folder, labelled: list[tuple]) -> None:
+    """Prints how many labelled pixels each class has. UserError if fewer than two classes do."""
+    pixels = torch.zeros(IGNORE + 1, dtype=torch.long)
+    for entry in progress(labelled, "look at labelled images"):
+        _, mask = folder.pair(entry)
+        pixels += mask.flatten().bincount(minlength=IGNORE + 1)
+    say("labelled pixels:")
+    for n, name in enumerate(folder.classes):
+        say(f"{pixels[n]:>14,}  {name}")
+    say(f"{pixels[IGNORE]:>14,}  no label")
+    shown = pixels[: len(folder.classes)] > 0
+    require(
+        shown.sum() > 1,
+        f"{folder.path}: the labelled masks show fewer than two classes; label more. Masks of 0 "
+        "and 255 are converted by python data_prep.py FOLDER --images DIR --masks DIR",
+    )
+    both = {image for image, _ in labelled} & {image for image, _ in folder.val + folder.test}
+    if both:
+        say(f"note: {len(both)} labelled images are validation or test images, too: {min(both)}")
 
 
 def scaled_size(height: int, width: int, scale: float) -> list[int]:
@@ -958,7 +943,7 @@ class TrainingSet(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed * STREAM + i)
             entry = self.pick(self.labelled, i)
-            x, y = scale_crop_flip(folder.image(entry), folder.mask(entry), cfg)
+            x, y = scale_crop_flip(*folder.pair(entry), cfg)
             item = dict(x=x, y=y, files=entry[0])
             if self.unlabelled:
                 entry = self.pick(self.unlabelled, i)
@@ -1447,13 +1432,13 @@ class Run:
 
 
 def digest_of_lists(folder: Folder) -> str:
-    lists = repr((folder.train, folder.val, folder.test, folder.values)).encode()
+    lists = repr((folder.train, folder.val, folder.test)).encode()
     return hashlib.sha256(lists).hexdigest()
 
 
 def choose_images(folder: Folder, cfg: Config, saved: dict | None) -> tuple[list, list]:
-    """The labelled and unlabelled entries of a run. Checks them, and the validation and test
-    images; of a run that is resumed, whether the folder is still the same."""
+    """The labelled and unlabelled entries of a run. Of a run that is resumed, it checks whether the
+    folder is still the same."""
     labelled = saved["labelled"] if saved else draw_labelled(folder, cfg.labels, cfg.seed)
     taken = {image for image, _ in labelled}
     unlabelled = [(image, None) for image, _ in folder.train if image not in taken]
@@ -1465,18 +1450,10 @@ def choose_images(folder: Folder, cfg: Config, saved: dict | None) -> tuple[list
         )
         require(
             saved["digest"] in (digest_of_lists(folder), None),
-            f"{folder.path}: its lists or 'colors' changed since the run started; add --dataset "
+            f"{folder.path}: its lists changed since the run started; add --dataset "
             f"{cfg.dataset} to go on all the same",
         )
-    # Making a named set has shown that its files exist. Of them, only what has a mask is opened.
-    folder.check(
-        {
-            "labelled": labelled,
-            "validation": folder.val,
-            "test": folder.test,
-            "unlabelled": [] if cfg.dataset in PRESETS else unlabelled,
-        }
-    )
+    check_labelled(folder, labelled)
     return labelled, unlabelled
 
 
@@ -1661,7 +1638,7 @@ def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
     name, tag, weights = cfg.clip, cfg.clip_tag, cfg.clip_weights
     if toy := (name == "toy"):
         with from_data_prep("--clip toy") as data_prep:
-            toy_config = data_prep.CLIP_CONFIGS["toy"]
+            toy_config = data_prep.TOY_CLIP
             name = name if weights else f"local-dir:{data_prep.prepare('toy', cfg.root)}"
     with blame(f"--clip {name}, {weights or tag} (or give --clip-weights FILE, or none)"):
         config = (
@@ -1893,10 +1870,9 @@ def benchmark(cfg: Config) -> None:
     """--benchmark: four steps of `train` on noise, with random weights (and the set's classes)."""
     entries, size = [(f"{i}.png", f"{i}.png") for i in range(2 * cfg.batch)], (cfg.crop, cfg.crop)
     classes = DEFINITIONS.get(cfg.dataset) or open_data(cfg).classes
-    noise = Folder(Path("noise"), classes, {}, False, entries, entries[:1], [])
+    noise = Folder(Path("noise"), classes, entries, entries[:1], [])
     noise.image = lambda entry: torch.randint(256, (3, *size), dtype=torch.uint8)
-    noise.mask = lambda entry: torch.zeros(size, dtype=torch.uint8)
-    noise.check = lambda lists: None
+    noise.mask = lambda entry: torch.randint(2, size, dtype=torch.uint8)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         changes = dict(labels=cfg.batch, steps=4, evals=1, workers=0, out=f"{place}/run")
         train(dataclasses.replace(cfg, clip_weights="none", conv_weights="none", **changes), noise)
@@ -1960,7 +1936,6 @@ def run_command(argv) -> None:
         folder, device = open_data(cfg), pick_device(cfg.device)
         join_processes(device)
         require([*folder.classes] == [*classes], f"{folder.path}: other classes")
-        folder.check({"validation": folder.val, "test": folder.test})
         out = new_run(cfg, []) if cfg.out and RANK == 0 else None
         report({"SemiVL": model.to(device)}, folder, cfg, device, out)
     elif args.predict:
