@@ -713,9 +713,10 @@ def read_list(folder: Path, name: str, need_mask: bool) -> list[tuple]:
             image, mask, *more = [word.strip() for word in words] + ["", ""]
             if not image and not mask:
                 continue
+            torn = mask and "." not in image and "\t" not in line  # "my photo.png" without mask
             require(
-                image and not any(more) and (mask or not need_mask),
-                f"{line!r}: should be 'IMAGE MASK', with a TAB between if a name has blanks",
+                image and not any(more) and not torn and (mask or not need_mask),
+                f"{line!r}: should be 'IMAGE MASK', with a TAB behind a name that has blanks",
             )
             entries.append((image, mask or None))
         require(entries, "no line in it")
