@@ -844,9 +844,10 @@ def check_labelled(folder: Folder, labelled: list[tuple]) -> None:
         _, mask = folder.pair(entry)
         pixels += mask.flatten().bincount(minlength=IGNORE + 1)
     say("labelled pixels:")
-    for n, name in enumerate(folder.classes):
-        say(f"{pixels[n]:>14,}  {name}")
-    say(f"{pixels[IGNORE]:>14,}  no label")
+    for name, count in zip(
+        [*folder.classes, "no label"], [*pixels[: len(folder.classes)], pixels[-1]]
+    ):
+        say(f"  {name:22}{count:>16,}")
     shown = pixels[: len(folder.classes)] > 0
     require(
         shown.sum() > 1,

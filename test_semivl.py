@@ -800,8 +800,8 @@ def test_before_training_labelled_pixels_are_counted(folder, capsys):
     capsys.readouterr()
     semivl.check_labelled(data, data.train[1:3])
     said = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in said[1:3]] == [["2,048", "background"], ["2,048", "car"]]
-    assert said[-2].split() == ["4,096", "no", "label"]
+    assert [line.split() for line in said[1:3]] == [["background", "2,048"], ["car", "2,048"]]
+    assert said[-2].split() == ["no", "label", "4,096"]
     assert said[-1].startswith("note: 1 labelled images are validation or test images, too")
 
 
