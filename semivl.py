@@ -37,8 +37,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import glob
-import hashlib
 import json
 import math
 import os
@@ -46,8 +44,6 @@ import pickle
 import re
 import signal
 import sys
-import tempfile
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -63,7 +59,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 
@@ -81,8 +76,7 @@ class Config:
     scale_max: float = 2.0  # largest factor of the random scale
     workers: int = 4  # processes that load images; 0: the training process itself
     clip: str = "ViT-B-16-quickgelu"  # a plain ViT CLIP of open_clip; toy; or local-dir:FOLDER
-    clip_tag: str = "openai"  # which of open_clip's pretrained weights
-    clip_weights: str = ""  # FILE of CLIP weights; none: random; '': those of the tag
+    clip_weights: str = "openai"  # a tag of open_clip's pretrained weights, FILE, or none: random
     authors_clip: bool = False  # the authors' GELU, eps and, without conv_skip, mean and std
     decoder: Literal["language", "vision"] = "language"  # vision: DeepLabV3+
     decoder_channels: int = 128  # C of the language decoder; all of its widths follow
@@ -90,7 +84,6 @@ class Config:
     definitions: bool = True  # use a class's concepts (section 2); off: its name instead
     finetune: Literal["spatial", "all", "none"] = "spatial"  # what trains in the ViT (section 4)
     conv_skip: bool = False  # take the shallow skip from a ResNet-101 stem (Cityscapes)
-    conv_weights: str = ""  # FILE of the stem's weights; none: random; '': timm's
     unlabelled: bool = True  # use the unlabelled images
     conf_thresh: float = 0.95  # lowest confidence of a pseudo-label that is used
     weighting: Literal["pixel", "mean"] = "pixel"  # consistency_loss explains them
@@ -105,7 +98,7 @@ class Config:
     vit_lr: float = 1e-6  # learning rate of the ViT, and of the stem of conv_skip
     weight_decay: float = 0.01  # AdamW's, on everything that trains
     evals: int = 20  # evaluations during the run
-    save_every: int = 500  # steps between two saves of last.pt
+    save_every: int = 250  # steps between two saves of last.pt
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: autocast; auto: bf16 on CUDA only
     recompute: bool = False  # the decoder takes less memory and more time
     window_mode: Literal["logits", "probabilities"] = "logits"  # see window_starts
@@ -117,13 +110,10 @@ class Config:
     def __post_init__(self):
         low = dict.fromkeys("labels crop epochs batch micro_batch evals save_every".split(), 1)
         top = dict(ema=1, conf_thresh=1, guidance_conf_thresh=1, seed=9e9, scale_min=self.scale_max)
-        wrong = [
-            name
-            for name, value in vars(self).items()
-            if isinstance(value, (int, float))
-            and not low.get(name, 0) <= value <= top.get(name, math.inf)
-        ]
-        require(not wrong, f"out of range: {', '.join(map(option, wrong))}")
+        for name, value in vars(self).items():
+            if isinstance(value, (int, float)):
+                in_range = low.get(name, 0) <= value <= top.get(name, math.inf)
+                require(in_range, f"out of range: {option(name)} {value}")
         for name, kind in Config.__annotations__.items():
             if get_args(kind):
                 require_one_of(option(name), getattr(self, name), *get_args(kind))
@@ -170,7 +160,7 @@ PRESETS = {
         window_mode="probabilities",
     ),
 }
-IGNORE = 255  # "no label" in every mask in memory, whatever value a folder's files have for it
+IGNORE = 255  # "no label" in masks
 
 
 class UserError(ValueError):
@@ -205,64 +195,90 @@ def blame(what):
     except KeyError as error:
         raise UserError(f"{what}: has no {error}") from None
     except Exception as error:  # PIL, json, torch and the network all raise what they like
-        if str(error).startswith("DataLoader worker"):  # known_ends explains it
+        if str(error).startswith("DataLoader worker"):  # main explains it
             raise
         reason = (getattr(error, "strerror", None) or "").lower() or str(error) or repr(error)
         raise UserError(f"{what}: {' '.join(reason.split())[:300]}") from None
 
 
-# This process, and how many there are.
-RANK, WORLD = (
-    (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    if dist.is_available() and dist.is_torchelastic_launched()
-    else (0, 1)
-)
-TERMINAL = bool(sys.stderr) and sys.stderr.isatty()
-LINES = dict(miniters=1, mininterval=30, delay=30, bar_format="{desc}: {n_fmt} of {total_fmt}\n")
-# A bar, or in a log file two lines a minute.
-progress = partial(
-    tqdm, disable=RANK > 0 or not sys.stderr, leave=not TERMINAL, **{} if TERMINAL else LINES
-)
-say = (lambda text: None) if RANK else tqdm.write if TERMINAL else print
+# This process, and how many there are (torchrun says so).
+RANK, WORLD = 0, 1
+if dist.is_available() and dist.is_torchelastic_launched():
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+progress = partial(tqdm, disable=True if RANK else None, leave=False)  # None: only on a terminal
+
+
+def say(text: str) -> None:
+    """Prints a line, above the progress bar if there is one."""
+    if RANK == 0:
+        tqdm.write(text)
+
 
 # 2. Language (paper: Class Definition Guidance): what is a class called, what does it look like? --
 # A class name alone can be a poor prompt: hardly any caption on the web says "background". So a
 # class is defined by a list of concepts, and frozen CLIP gives a pixel the class of the concept
 # that fits best. The decoder reads one vector per class: the embedding of its name, or (Cityscapes)
 # the mean of its concepts. The decoder is trained, so a poor name costs it less.
-# On COCO and ADE20K a class's only concept is its name. Misspellings ("wolve") are as published.
+# On COCO and ADE20K a class's only concept is its name.
 # It buys: 66.5 with definitions, 59.5 with names only. Frozen CLIP itself: 50.7 with, 27.1 without.
-DEFINITION_TEXTS = {  # data set -> "class: concept|concept; class: ...", classes in their order
-    "voc": """background: background|bed|building|cabinet|ceiling|curtain|door|fence|floor|grass|
-ground|mountain|road|rock|shelves|sidewalk|sky|snow|tree|wall|water|window|hang glider|helicopter|
-jet ski|go-cart|tractor|emergency vehicle|lorry|truck|lion|stool|bench|wheelchair|coffee table|desk|
-side table|picnic bench|wolve|flowers in a vase|goat|tram|laptop|advertising display|vehicle
-interior; aeroplane: aeroplane|airplane|glider; bicycle: bicycle|tricycle|unicycle; bird: bird;
-boat: boat|ship|rowing boat|pedalo; bottle: bottle|plastic bottle|glass bottle|feeding bottle; bus:
-bus|minibus; car: car|van|large family car|realistic toy car; cat: cat|domestic cat; chair: chair|
-armchair|deckchair; cow: cow; diningtable: dining table|table for eating at; dog: dog|domestic dog;
-horse: horse|pony|donkey|mule; motorbike: motorbike|moped|scooter|sidecar; person: person|people|
-baby|face; pottedplant: potted plant|indoor plant in a pot|outdoor plant in a pot; sheep: sheep;
-sofa: sofa; train: train|train carriage; tvmonitor: tv|monitor|standalone screen""",
-    "cityscapes": """road: road|street|parking space; sidewalk: sidewalk; building: building|
-skyscaper|house|bus stop building|garage|car port|scaffolding; wall: individual standing wall, which
-is not part of a building; fence: fence|hole in fence; pole: pole|sign pole|traffic light pole;
-traffic light: traffic light; traffic sign: traffic sign|parking sign|direction sign; vegetation:
-vegetation|tree|hedge; terrain: terrain|grass|soil|sand; sky: sky; person: person|pedestrian|walking
-person|standing person|person sitting on the ground|person sitting on a bench|person sitting on a
-chair; rider: rider|cyclist|motorcyclist; car: car|jeep|SUV|van; truck: truck|box truck|pickup
-truck|truck trailer; bus: bus; train: train|tram; motorcycle: motorcycle|moped|scooter; bicycle:
-bicycle""",
+CONCEPTS = {  # data set -> class -> its concepts; misspellings ("wolve") are as published
+    "voc": {
+        "background": (
+            "background|bed|building|cabinet|ceiling|curtain|door|fence|floor|grass|ground|"
+            "mountain|road|rock|shelves|sidewalk|sky|snow|tree|wall|water|window|hang glider|"
+            "helicopter|jet ski|go-cart|tractor|emergency vehicle|lorry|truck|lion|stool|bench|"
+            "wheelchair|coffee table|desk|side table|picnic bench|wolve|flowers in a vase|goat|"
+            "tram|laptop|advertising display|vehicle interior"
+        ),
+        "aeroplane": "aeroplane|airplane|glider",
+        "bicycle": "bicycle|tricycle|unicycle",
+        "bird": "bird",
+        "boat": "boat|ship|rowing boat|pedalo",
+        "bottle": "bottle|plastic bottle|glass bottle|feeding bottle",
+        "bus": "bus|minibus",
+        "car": "car|van|large family car|realistic toy car",
+        "cat": "cat|domestic cat",
+        "chair": "chair|armchair|deckchair",
+        "cow": "cow",
+        "diningtable": "dining table|table for eating at",
+        "dog": "dog|domestic dog",
+        "horse": "horse|pony|donkey|mule",
+        "motorbike": "motorbike|moped|scooter|sidecar",
+        "person": "person|people|baby|face",
+        "pottedplant": "potted plant|indoor plant in a pot|outdoor plant in a pot",
+        "sheep": "sheep",
+        "sofa": "sofa",
+        "train": "train|train carriage",
+        "tvmonitor": "tv|monitor|standalone screen",
+    },
+    "cityscapes": {
+        "road": "road|street|parking space",
+        "sidewalk": "sidewalk",
+        "building": "building|skyscaper|house|bus stop building|garage|car port|scaffolding",
+        "wall": "individual standing wall, which is not part of a building",
+        "fence": "fence|hole in fence",
+        "pole": "pole|sign pole|traffic light pole",
+        "traffic light": "traffic light",
+        "traffic sign": "traffic sign|parking sign|direction sign",
+        "vegetation": "vegetation|tree|hedge",
+        "terrain": "terrain|grass|soil|sand",
+        "sky": "sky",
+        "person": (
+            "person|pedestrian|walking person|standing person|person sitting on the ground|"
+            "person sitting on a bench|person sitting on a chair"
+        ),
+        "rider": "rider|cyclist|motorcyclist",
+        "car": "car|jeep|SUV|van",
+        "truck": "truck|box truck|pickup truck|truck trailer",
+        "bus": "bus",
+        "train": "train|tram",
+        "motorcycle": "motorcycle|moped|scooter",
+        "bicycle": "bicycle",
+    },
 }
 DEFINITIONS = {
-    dataset: {
-        name: concepts.split("|")
-        for name, _, concepts in (
-            entry.partition(": ")
-            for entry in text.replace("|\n", "|").replace("\n", " ").split("; ")
-        )
-    }
-    for dataset, text in DEFINITION_TEXTS.items()
+    dataset: {name: text.split("|") for name, text in concepts.items()}
+    for dataset, concepts in CONCEPTS.items()
 }
 
 
@@ -274,17 +290,28 @@ def encode_text(clip: open_clip.CLIP, words: list[str]) -> torch.Tensor:
     return clip.eval().encode_text(tokens.to(clip.token_embedding.weight.device)).float()
 
 
+class Words(NamedTuple):
+    """What CLIP's text tower makes of the classes; vectors are L2-normalised."""
+
+    text: torch.Tensor  # [N, E], what the decoder reads
+    names: torch.Tensor  # [N, E], of the class names
+    concepts: torch.Tensor  # [K, E], class after class
+    sizes: list[int]  # how many concepts each class has
+
+
 def describe_classes(clip, classes: dict[str, list], *, decoder_text="names", definitions=True):
-    """classes: name -> concepts (without `definitions`: the name alone). Returns text (what the
-    decoder reads: by_name, or for "mean" the mean concepts) and by_name, [N, E], concepts [K,
-    E], class by class, all L2-normalised, and sizes: how many concepts each class has."""
+    """classes: name -> concepts (without `definitions`: the name alone) -> Words. decoder_text:
+    whether the decoder reads the "names", or the "mean" of each class's concepts."""
     require_one_of("decoder_text", decoder_text, "names", "mean")
-    text = by_name = encode_text(clip, list(classes))
+    names = encode_text(clip, list(classes))
     groups = list(classes.values()) if definitions else [[name] for name in classes]
-    concepts, sizes = encode_text(clip, sum(groups, [])), [len(group) for group in groups]
+    sizes = [len(group) for group in groups]
+    concepts = encode_text(clip, sum(groups, []))
+    text = names
     if decoder_text == "mean":  # the mean is taken BEFORE normalising, as the authors do
         text = torch.stack([group.mean(0) for group in concepts.split(sizes)])
-    return *(F.normalize(t, dim=-1) for t in (text, by_name, concepts)), sizes
+    text, names, concepts = (F.normalize(vectors, dim=-1) for vectors in (text, names, concepts))
+    return Words(text, names, concepts, sizes)
 
 
 # 3. Dense CLIP (paper: Vision-Language Pre-training): how do we get an embedding for every patch? -
@@ -733,6 +760,9 @@ class Folder:
     val: list[tuple]  # entries
     test: list[tuple]  # entries; may be empty
 
+    def lengths(self) -> list[int]:
+        return [len(self.train), len(self.val), len(self.test)]
+
     def image(self, entry: tuple) -> torch.Tensor:
         return read_image(self.path / entry[0])
 
@@ -1051,6 +1081,9 @@ def semivl_loss(
 
 
 # 9. Evaluation: how good is a model? Sliding window, one confusion matrix, mIoU -------------------
+# A ViT works best at the size of its training. So a test image is covered by overlapping windows of
+# that size, and where they overlap, their scores are averaged. mIoU is the mean over classes of
+#     IoU = TP / (TP + FP + FN), counted in pixels over ALL images, not averaged over images.
 def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
     """Where windows start along a side of `size` pixels. "logits": one per stride, the last one
     moved back inside. "probabilities" (averaged on Cityscapes): the last ones are cut short."""
@@ -1063,25 +1096,22 @@ def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
 
 @torch.no_grad()
 def sliding_window(model, images, window: int, stride: int, mode: str = "logits"):
-    """Runs the model (images -> logits) on overlapping windows, as the ViT works best at the size
-    of its training, and averages logits or probabilities. images [B, 3, H, W]; stride <= window,
-    in pixels. Yields strips of complete rows, [B, N, rows, W]: memory may not hold all."""
+    """Logits or probabilities [B, N, H, W] of the model (images -> logits), averaged over windows.
+    images [B, 3, H, W]; window and stride in pixels, stride <= window."""
     require(stride <= window, f"stride {stride} is above the window's {window}: it leaves gaps")
     H, W = images.shape[2:]
-    tops, lefts = window_starts(H, window, stride, mode), window_starts(W, window, stride, mode)
     total, count = None, images.new_zeros(H, W)
-    for top, next_top in zip(tops, [*tops[1:], H]):
-        for left in lefts:
-            logits = model(images[..., top : top + window, left : left + window])
-            if total is None:  # a strip that slides down: its row 0 is the image's row `top`
-                total = logits.new_zeros(*logits.shape[:2], min(window, H), W, dtype=torch.float32)
-            scores = logits.softmax(1) if mode == "probabilities" else logits
-            total[:, :, : scores.shape[2], left : left + window] += scores
-            count[top : top + window, left : left + window] += 1
-        # Rows top to next_top are complete: no later window reaches them. The others move up.
-        total[:, :, : next_top - top] /= count[top:next_top]
-        yield total[:, :, : next_top - top]
-        total = F.pad(total[:, :, next_top - top :], (0, 0, 0, next_top - top))
+    for top in window_starts(H, window, stride, mode):
+        for left in window_starts(W, window, stride, mode):
+            rows, columns = slice(top, top + window), slice(left, left + window)
+            scores = model(images[..., rows, columns]).float()
+            if mode == "probabilities":
+                scores = scores.softmax(1)
+            if total is None:  # only now is the number of classes known
+                total = scores.new_zeros(*scores.shape[:2], H, W)
+            total[..., rows, columns] += scores
+            count[rows, columns] += 1
+    return total / count
 
 
 @contextlib.contextmanager
@@ -1098,38 +1128,33 @@ def eval_mode(model):
             module.training = mode
 
 
-def segment(model, image: torch.Tensor, cfg: Config, device: torch.device) -> tuple:
-    """The authors' test protocol, in eval mode: uint8 image [3, H, W] -> class numbers (uint8) and
-    the highest probability (float32), [H, W] each. Memory is the reason for strips and groups of
-    classes."""
+def window_scores(model, image: torch.Tensor, cfg: Config, device: torch.device) -> torch.Tensor:
+    """The authors' test protocol: uint8 image [3, H, W] -> what `sliding_window` averages, [1, N,
+    h, w]. With `fit` the short side h or w is the window's, else the image keeps its size."""
     H, W = image.shape[1:]
     if cfg.fit:  # the short side becomes as long as the window (less, if the image is a thin strip)
         scale = min(cfg.crop / min(H, W), 8 * cfg.crop / max(H, W))
         image = VF.resize(image, scaled_size(H, W, scale), antialias=True)
+    images = image[None].to(device) / 255  # [1, 3, h, w]
+    stride = cfg.stride or 5 * cfg.crop // 6
     with autocast(cfg, device), eval_mode(model):
-        stride = cfg.stride or 5 * cfg.crop // 6
-        images = image[None].to(device) / 255  # [1, 3, ., .]
-        strips = sliding_window(model, images, cfg.crop, stride, cfg.window_mode)
-        if cfg.fit:  # one strip: the whole is needed to resize it to the mask's size
-            strips = [torch.cat([*strips], dim=2)]
-        parts = []  # pairs of label and probability, from the top
-        for scores in strips:  # [1, N, ., .]
-            size = (H, W) if cfg.fit else scores.shape[2:]
-            # A softmax's largest value is exp(best - lse), lse the logsumexp of scores. Both can
-            # be built from eight classes at a time: all of them, at full size, would fill memory.
-            best = lse = torch.full(size, -math.inf, device=device)
-            label = torch.zeros(size, dtype=torch.uint8, device=device)
-            for n in range(0, scores.shape[1], 8):
-                # Aligned corners here, but not in SemiVL.forward: both as in the authors' code.
-                some = F.interpolate(
-                    scores[:, n : n + 8], size, mode="bilinear", align_corners=True
-                )
-                score, index = some[0].max(0)
-                label = torch.where(score > best, (index + n).byte(), label)
-                best = best.maximum(score)
-                lse = lse.logaddexp(some[0].logsumexp(0))
-            parts += [(label, best if cfg.window_mode == "probabilities" else (best - lse).exp())]
-    return tuple(torch.cat(part) for part in zip(*parts))
+        return sliding_window(model, images, cfg.crop, stride, cfg.window_mode)
+
+
+def segment(model, image: torch.Tensor, cfg: Config, device: torch.device) -> torch.Tensor:
+    """uint8 image [3, H, W] -> class numbers, uint8 [H, W]."""
+    scores = window_scores(model, image, cfg, device)
+    size = image.shape[1:]
+    best = torch.full(size, -math.inf, device=device)
+    label = torch.zeros(size, dtype=torch.uint8, device=device)
+    for first in range(0, scores.shape[1], 8):  # all classes at full size would fill the memory
+        # Aligned corners here, but not in SemiVL.forward: both as in the authors' code.
+        group = scores[:, first : first + 8]
+        group = F.interpolate(group, size, mode="bilinear", align_corners=True)[0]  # [8, H, W]
+        score, index = group.max(0)
+        label = torch.where(score > best, (first + index).byte(), label)
+        best = best.maximum(score)
+    return label
 
 
 def confusion_matrix(prediction, target, classes: int) -> torch.Tensor:
@@ -1150,13 +1175,16 @@ def evaluate(model, folder: Folder, entries: list, cfg: Config, device, title="e
     N = len(folder.classes)
     matrix = torch.zeros(N, N, dtype=torch.long, device=device)
     for entry in progress(entries[RANK::WORLD], title):  # this process's share
-        prediction, _ = segment(model, folder.image(entry), cfg, device)
-        matrix += confusion_matrix(prediction, folder.mask(entry).to(device), N)
+        image, mask = folder.pair(entry)
+        matrix += confusion_matrix(segment(model, image, cfg, device), mask.to(device), N)
     return iou_per_class(sum_over_processes(matrix).cpu())
 
 
 # 10. Training -------------------------------------------------------------------------------------
-# Under torchrun every process runs this file: item i of the data goes to process i % WORLD, DDP
+# `training_step` is the paper's figure as code; `train` is the loop around it. A run is
+# reproducible: item i of the data depends on (seed, i) alone, and so does the feature dropout. So a
+# run that was stopped goes on bit for bit as it would have gone on (on a CPU; CUDA may add in
+# another order). Under torchrun every process runs this file: item i goes to process i % WORLD, DDP
 # averages the gradients, evaluation shares the images, and process 0 alone prints and writes.
 def sum_over_processes(numbers: torch.Tensor) -> torch.Tensor:
     if WORLD > 1:
@@ -1169,14 +1197,13 @@ def pick_device(name: str) -> torch.device:
     GPU of its LOCAL_RANK."""
     with blame(f"--device {name}"):
         found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        if WORLD > 1 and torch.device(found).type != "cuda":
-            found = "cpu"  # gloo, by which processes then talk, knows no other
         device = torch.device(found if name == "auto" else name)
         if WORLD > 1 and device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # else this process would also open GPU 0
-        torch.zeros(1, device=device).cpu()
+        elif WORLD > 1:
+            device = torch.device("cpu")  # gloo, by which processes then talk, knows no other
+        torch.zeros(1, device=device).cpu()  # a device that is not there is told here
     return device
 
 
@@ -1186,17 +1213,11 @@ def join_processes(device: torch.device) -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
-def leave_processes() -> None:
-    """The counterpart of join_processes. Only where all arrive: after an error in one process the
-    others would wait for it for ever."""
-    if WORLD > 1 and dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def autocast(cfg: Config, device: torch.device) -> torch.autocast:
     """bf16 for matrix products; losses stay in float32, on CUDA softmax and norms do, too."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and bf16
+    bf16 = cfg.precision == "bf16"
+    if cfg.precision == "auto" and device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
@@ -1212,7 +1233,8 @@ def make_optimizer(student: SemiVL, cfg: Config) -> torch.optim.AdamW:
     vit = dict(params=[], lr=cfg.vit_lr, base_lr=cfg.vit_lr)
     for name, p in student.named_parameters():
         if p.requires_grad:
-            (decoder if name.startswith("decoder.") else vit)["params"].append(p)
+            group = decoder if name.startswith("decoder.") else vit
+            group["params"].append(p)
     return torch.optim.AdamW([decoder, vit], weight_decay=cfg.weight_decay)
 
 
@@ -1231,27 +1253,28 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
     device, size = batch["x"].device, len(batch["x"])
     micro = math.gcd(cfg.micro_batch, size)  # divides this process's share of the batch
     chunks = [slice(start, start + micro) for start in range(0, size, micro)]
-    images, targets = {"x": batch["x"]}, {}  # view -> its images, and its targets
+    images = {"x": batch["x"]}  # view -> uint8 [size, 3, crop, crop]
+    targets = {}  # view -> Targets
 
-    # Teacher and frozen CLIP label the weak views.
     if cfg.unlabelled:
+        # Teacher and frozen CLIP label the weak views.
         parts = []
-        with autocast(cfg, device):
-            for chunk in chunks:
-                w, padding = batch["w"][chunk] / 255, batch["padding"][chunk]
-                parts.append(make_targets(teacher, guidance, w, padding))
-        own = Targets(*(torch.cat(field) for field in zip(*parts)))  # of w; [size, H, W] each
+        for chunk in chunks:
+            with autocast(cfg, device):
+                w = batch["w"][chunk] / 255
+                parts.append(make_targets(teacher, guidance, w, batch["padding"][chunk]))
+        own = Targets(*[torch.cat(field) for field in zip(*parts)])  # of w; [size, H, W] each
 
         # CutMix changes images and targets alike. Partners are this process's images in reverse
         # order (a middle image is not mixed).
         for view in STRONG_VIEWS:
             box = batch[f"{view}_box"]
             images[view] = cutmix(batch[view], batch[view].flip(0), box)
-            targets[view] = Targets(*(cutmix(field, field.flip(0), box) for field in own))
-        images["fp"], targets["fp"] = batch["w"], own  # last, so it is perturbed below
+            targets[view] = Targets(*[cutmix(field, field.flip(0), box) for field in own])
+        images["fp"] = batch["w"]  # last, so that it is perturbed below
+        targets["fp"] = own
 
     # The student predicts all views of a micro-batch in one forward; losses; backward.
-    guidance_weight = cfg.guidance * (1 - step / cfg.steps)
     losses = {}
     for chunk in chunks:
         student.require_backward_grad_sync = chunk is chunks[-1]  # DDP: average once per step
@@ -1261,10 +1284,14 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
         with autocast(cfg, device):
             logits = student(pixels, num_perturbed=micro if targets else 0)  # "fp" comes last
         logits_of = dict(zip(images, logits.split(micro)))
-        targets_of = {view: Targets(*(f[chunk] for f in t)) for view, t in targets.items()}
-        y = batch["y"][chunk].long()
+        targets_of = {view: Targets(*[field[chunk] for field in targets[view]]) for view in targets}
         terms = semivl_loss(
-            logits_of, y, targets_of, guidance_weight, cfg.conf_thresh, cfg.weighting
+            logits_of,
+            batch["y"][chunk].long(),
+            targets_of,
+            guidance_weight=cfg.guidance * (1 - step / cfg.steps),
+            conf_thresh=cfg.conf_thresh,
+            weighting=cfg.weighting,
         )
         (terms["total"] / len(chunks)).backward()
         for name, loss in terms.items():
@@ -1276,67 +1303,23 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
     return losses
 
 
-def ignore_signals(_) -> None:
-    """Ctrl-C must reach only the training process, which saves and then ends its loaders."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgid"):  # Windows has no groups
-        os.setpgid(0, 0)
-
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a scheduler sends
-
-
-def handle_signals(handlers: list) -> list:
-    """Gives STOP_SIGNALS these handlers and returns the former ones. Only the main thread may set
-    any; elsewhere nothing happens."""
-    if threading.current_thread() is not threading.main_thread():
-        return handlers
-    former = [signal.getsignal(number) for number in STOP_SIGNALS]
-    for number, handler in zip(STOP_SIGNALS, handlers):
-        if handler is not None:  # None: not installed by Python
-            signal.signal(number, handler)
-    return former
-
-
-@contextlib.contextmanager
-def signal_handlers_put_back():
-    """After its block STOP_SIGNALS are the caller's again."""
-    former = handle_signals([None, None])
-    try:
-        yield
-    finally:
-        handle_signals(former)
-
-
-@contextlib.contextmanager
-def known_ends():
-    """Turns into a UserError what ends the program without being a bug."""
-    try:
-        yield
-    except UserError as error:  # one of a loader process has that process's traceback in front
-        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
-    except (RuntimeError, MemoryError) as error:
-        text = str(error).strip() or "out of memory"  # a MemoryError mostly says nothing
-        if "out of memory" in text or "can't allocate memory" in text:
-            advice = "in training: --micro-batch 1, --recompute on; else a smaller image"
-        elif text.startswith("DataLoader worker (pid") or "allocate shared memory" in text:
-            # If a loader process is killed, torch raises this wherever the main process is.
-            advice = "--workers 0 loads images without other processes"
-        else:
-            raise
-        raise UserError(f"{text.splitlines()[-1][:200]} ({advice})") from None
-
-
 def check_out(cfg: Config) -> None:
     """Refuses an --out that is not empty. Process 0 alone looks, as it may have written there."""
     path = Path(cfg.out)
-    free = not path.exists() or path.is_dir() and not any(path.iterdir())
-    require(RANK > 0 or not cfg.out or free, f"--out {cfg.out} is not empty")
+    if cfg.out and RANK == 0 and path.exists():
+        require(path.is_dir() and not any(path.iterdir()), f"--out {cfg.out} is not empty")
 
 
-def numbered_folder(base: Path) -> Path:
-    """Makes BASE, or BASE-2, BASE-3, ...: of two runs that start at once, one takes the next."""
-    base.parent.mkdir(parents=True, exist_ok=True)
+def new_folder(cfg: Config) -> Path:
+    """Makes the folder for what is written: --out, or the first of runs/DATASET-LABELS, -2, -3, ...
+    that is free. Of two runs that start at once, one takes the next."""
+    if cfg.out:
+        check_out(cfg)  # again: another run may have started meanwhile
+        path = Path(cfg.out)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+    base = Path(f"runs/{Path(cfg.dataset).resolve().name}-{cfg.labels}")
+    base.parent.mkdir(exist_ok=True)
     path, number = base, 1
     while True:
         try:
@@ -1347,58 +1330,30 @@ def numbered_folder(base: Path) -> Path:
             path = base.with_name(f"{base.name}-{number}")
 
 
-def new_run(cfg: Config, labelled: list) -> Path:
-    """Makes the run's folder, with the list of labelled images and a copy of this file in it."""
-    if cfg.out:
-        check_out(cfg)  # again: another run may have started meanwhile
-        path = Path(cfg.out)
-        path.mkdir(parents=True, exist_ok=True)
-    else:
-        path = numbered_folder(Path(f"runs/{Path(cfg.dataset).resolve().name}-{cfg.labels}"))
-    if labelled:
-        lines = "".join(f"{image}\t{mask}\n" for image, mask in labelled)
-        (path / "labeled.txt").write_text(lines, encoding="utf-8")
-    (path / "semivl.py").write_bytes(Path(__file__).read_bytes())
-    return path
-
-
-def to_json(content: dict) -> str:
-    """A line of JSON. NaN and infinity, which JSON does not know, become null."""
-    return json.dumps(json.loads(json.dumps(content), parse_constant=lambda _: None)) + "\n"
-
-
-def open_log(run: Path):
-    """RUN/log.jsonl, locked while it is open, so that no other process works in this folder."""
-    log = open(run / "log.jsonl", "a", 1, encoding="utf-8")  # noqa: SIM115
-    try:
-        import fcntl
-
-        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError) as error:  # Windows and some disks know no locks: go on without
-        require(
-            not isinstance(error, (BlockingIOError, PermissionError)),
-            f"{run}: another process is at work in it; wait for its end",
-        )
-    return log
-
-
-def say_table(corner: str, rows: list[str], columns: dict, form: str) -> None:
-    """columns: title -> numbers (a tensor), one per row. form: the format of a number."""
-    wide = max(map(len, [corner, *rows])) + 2
-    cells = [[format(number, form) for number in column.tolist()] for column in columns.values()]
-    for name, *row in [(corner, *columns), *zip(rows, *cells)]:
-        say(f"{name:{wide}}" + "".join(f"{cell:>20}" for cell in row))
-
-
 class Run:
     """A run's folder: log.jsonl, best.pt with the teacher, last.pt with all that it takes to go on.
     Process 0 alone writes. modules: name in last.pt -> student, teacher ("model"), optimiser;
     facts: what else is saved."""
 
-    def __init__(self, path: Path, log, modules: dict, facts: dict):
-        self.path, self.log, self.modules, self.facts = path, log, modules, facts
-        self.step = 0
+    def __init__(self, path: Path, modules: dict, facts: dict):
+        self.path, self.modules, self.facts = path, modules, facts
+        self.step = 0  # optimiser steps that are done
         self.last = self.best = -1.0  # validation mIoU
+        self.log = None
+        if RANK == 0:
+            self.log = open(path / "log.jsonl", "a", 1, encoding="utf-8")  # noqa: SIM115
+            self.lock()
+
+    def lock(self) -> None:
+        """Locks the log while it is open, so that no other process works in this folder."""
+        try:
+            import fcntl
+
+            fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"{self.path}: another process is at work in it") from None
+        except (ImportError, OSError):  # Windows and some disks know no locks: go on without
+            pass
 
     def load(self, saved: dict) -> None:
         self.step, self.last, self.best = saved["step"], saved["last"], saved["best"]
@@ -1407,54 +1362,43 @@ class Run:
                 module.load_state_dict(saved[name])
 
     def save(self, name: str) -> None:
-        """Replaces the old file when the new one is complete."""
-        content = {  # torch.save writes shared tensors once
-            key: module.state_dict()
-            for key, module in self.modules.items()
-            if key == "model" or name == "last.pt"
-        }
-        content |= dict(step=self.step, last=self.last, best=self.best) | self.facts
+        """Writes last.pt or best.pt; the old file is replaced when the new one is complete."""
+        if RANK > 0:
+            return
+        content = dict(step=self.step, last=self.last, best=self.best) | self.facts
+        for key, module in self.modules.items():
+            if key == "model" or name == "last.pt":
+                content[key] = module.state_dict()
         with blame(f"{self.path / name} (make room; what was saved before is whole)"):
             torch.save(content, self.path / "new.tmp")
             (self.path / "new.tmp").replace(self.path / name)
 
-    def write(self, line: dict, evaluated: bool, save_last: bool) -> None:
-        """A step's line of the log, and the checkpoints that are due."""
-        better = self.last > self.best
-        self.best = max(self.best, self.last)
-        if RANK > 0:
-            return
-        self.log.write(to_json(line))
-        if better:
+    def write(self, **entries) -> None:
+        """A line of the log."""
+        if RANK == 0:
+            self.log.write(json.dumps(dict(step=self.step) | entries) + "\n")
+
+    def evaluated(self, iou: torch.Tensor) -> None:
+        """Keeps the best; iou: per class, of the validation images."""
+        self.last = float(iou.nanmean())
+        self.write(val_miou=self.last)
+        if self.last > self.best:
+            self.best = self.last
             self.save("best.pt")
-        if evaluated or save_last:
-            self.save("last.pt")
-        if evaluated:
-            self.log.write(to_json(dict(step=self.step, val_miou=self.last)))
-
-
-def digest_of_lists(folder: Folder) -> str:
-    lists = repr((folder.train, folder.val, folder.test)).encode()
-    return hashlib.sha256(lists).hexdigest()
 
 
 def choose_images(folder: Folder, cfg: Config, saved: dict | None) -> tuple[list, list]:
     """The labelled and unlabelled entries of a run. Of a run that is resumed, it checks whether the
     folder is still the same."""
-    labelled = saved["labelled"] if saved else draw_labelled(folder, cfg.labels, cfg.seed)
+    if saved:
+        same = saved["classes"] == folder.classes and saved["lists"] == folder.lengths()
+        require(same, f"{folder.path}: its lists or classes changed since the run started")
+        labelled = saved["labelled"]
+    else:
+        labelled = draw_labelled(folder, cfg.labels, cfg.seed)
     taken = {image for image, _ in labelled}
     unlabelled = [(image, None) for image, _ in folder.train if image not in taken]
     require(unlabelled or not cfg.unlabelled, "no image is left unlabelled: add --unlabelled off")
-    if saved:
-        require(
-            [*saved["classes"].items()] == [*folder.classes.items()],
-            f"{folder.path}: other classes or definitions than the run started with",
-        )
-        require(
-            saved["digest"] in (digest_of_lists(folder), None),
-            f"{folder.path}: its lists changed since the run started; add --dataset "
-            f"{cfg.dataset} to go on all the same",
-        )
     check_labelled(folder, labelled)
     return labelled, unlabelled
 
@@ -1463,23 +1407,21 @@ def check_batch(cfg: Config) -> None:
     """Refuses a batch that the processes cannot share, and says what a very small one loses."""
     require(cfg.batch % WORLD == 0, f"--batch {cfg.batch} cannot be shared by {WORLD} processes")
     share = cfg.batch // WORLD
-    micro = math.gcd(cfg.micro_batch, share)
-    require(
-        cfg.decoder == "language" or cfg.unlabelled or micro > 1,
-        "--decoder vision has batch norm, which cannot train on one image per forward: raise "
-        + ("--batch" if share == 1 else "--micro-batch"),
-    )
+    if cfg.decoder == "vision" and not cfg.unlabelled:
+        require(
+            math.gcd(cfg.micro_batch, share) > 1,
+            "--decoder vision has batch norm, which cannot train on one image per forward: raise "
+            + ("--batch" if share == 1 else "--micro-batch"),
+        )
     if cfg.unlabelled and share == 1:
         say("note: each process has one unlabelled image a step: CutMix has no partner for it")
 
 
-@signal_handlers_put_back()
-def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, log=None) -> None:
-    """A whole run. folder: instead of --dataset. saved, log: last.pt and open log, to resume."""
-    # Device, CLIP, images.
+def train(cfg: Config, saved: dict | None = None) -> None:
+    """A whole run. saved: what last.pt holds, to go on from there."""
     check_batch(cfg)
     device = pick_device(cfg.device)
-    folder = folder or open_data(cfg)
+    folder = open_data(cfg)
     join_processes(device)
     torch.manual_seed(cfg.seed)
     clip, clip_config = load_clip(cfg)  # its name may be wrong; looking at the images takes longer
@@ -1489,40 +1431,39 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
     cfg = dataclasses.replace(cfg, steps=cfg.steps or cfg.epochs * steps_per_epoch)
 
     # Networks. "CLIP by names" only serves to compare.
-    text, by_name, concepts, sizes = describe_classes(
+    words = describe_classes(
         clip, folder.classes, decoder_text=cfg.decoder_text, definitions=cfg.definitions
     )
-    student = build_model(cfg, clip.visual, text, cfg.conv_weights).to(device).train()
+    stem_weights = cfg.clip_weights != "none"
+    student = build_model(cfg, clip.visual, words.text, stem_weights).to(device).train()
     del clip  # the text tower has done its work
     frozen = frozen_copy(student.clip)  # before training, and before a checkpoint is loaded
-    guidance = FrozenGuidance(frozen, concepts, sizes, cfg.guidance_conf_thresh).to(device)
-    names_only = FrozenGuidance(frozen, by_name, [1] * len(by_name)).to(device)
-    ema, optimizer = EMATeacher(student, cfg.ema), make_optimizer(student, cfg)
-    parallel = (
-        nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
-        if WORLD > 1
-        else student
-    )
-    guidance_or_none = guidance if cfg.guidance else None  # what is not weighed is not computed
-    defined = cfg.definitions and any(words != [name] for name, words in folder.classes.items())
-    clip_title = "CLIP by definitions" if defined else "CLIP by names"
-    trained_title = "SemiVL" if cfg.unlabelled else "labels only"
-    frozen_clips = {"CLIP by names": names_only, clip_title: guidance}
-    compared = {clip_title: guidance, trained_title: ema.model}
+    guidance = FrozenGuidance(frozen, words.concepts, words.sizes, cfg.guidance_conf_thresh)
+    guidance.to(device)
+    names_only = FrozenGuidance(frozen, words.names, [1] * len(words.names)).to(device)
+    ema = EMATeacher(student, cfg.ema)
+    optimizer = make_optimizer(student, cfg)
+    parallel = distribute(student)
+    compared = {"CLIP by names": names_only}
+    if cfg.definitions and any(concepts != [name] for name, concepts in folder.classes.items()):
+        compared["CLIP by definitions"] = guidance
+    title = "SemiVL" if cfg.unlabelled else "labels only"
 
     # The run's folder.
     path = Path(cfg.out)
     if RANK == 0 and not saved:
-        path = new_run(cfg, labelled)
-        log = open_log(path)
+        path = new_folder(cfg)
+        lines = "".join(f"{image}\t{mask}\n" for image, mask in labelled)
+        (path / "labeled.txt").write_text(lines, encoding="utf-8")
+        (path / "semivl.py").write_bytes(Path(__file__).read_bytes())
     facts = dict(
         config=dataclasses.asdict(cfg),
         classes=folder.classes,
         clip=clip_config,
         labelled=labelled,
-        digest=digest_of_lists(folder),
+        lists=folder.lengths(),
     )
-    run = Run(path, log, dict(student=student, model=ema.model, optimizer=optimizer), facts)
+    run = Run(path, dict(student=student, model=ema.model, optimizer=optimizer), facts)
     if saved:
         run.load(saved)
     say(
@@ -1530,9 +1471,9 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
         f"{len(folder.test)} test images; {cfg.steps} steps on {device}; writes to {path}"
     )
     if run.step == 0:
-        for title, model in frozen_clips.items():
+        for name, model in compared.items():
             miou = evaluate(model, folder, folder.val[:100], cfg, device).nanmean()
-            say(f"frozen {title}: mIoU {miou:.1f} ({len(folder.val[:100])} validation images)")
+            say(f"frozen {name}: mIoU {miou:.1f} ({len(folder.val[:100])} validation images)")
     if run.step >= cfg.steps:
         say(f"the run has ended, after {run.step} steps; a larger --steps would go on")
 
@@ -1542,27 +1483,19 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
         num_workers=min(cfg.workers, os.cpu_count() or 1),
         sampler=range(run.step * cfg.batch + RANK, cfg.steps * cfg.batch, WORLD),
         pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals,
     )
-    stop, times, last_iou = [], [], None
-
-    def on_signal(number, _):
-        stop.append(number)
-        say("stops after this step")
-        if number == signal.SIGINT:  # a second Ctrl-C ends the program at once
-            signal.signal(number, signal.default_int_handler)
-
-    handle_signals([on_signal, on_signal])
+    compared[title] = ema.model
     clock = time.perf_counter()
     for batch in progress(loader, "train", total=cfg.steps, initial=run.step):
-        # One step; if its loss is not finite, the run stops before a weight changes.
         files = batch.pop("files")
         batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
         set_rates(optimizer, run.step, cfg.steps)
-        losses = training_step(parallel, ema.model, guidance_or_none, batch, cfg, run.step)
+        losses = training_step(
+            parallel, ema.model, guidance if cfg.guidance else None, batch, cfg, run.step
+        )
         means = sum_over_processes(torch.stack([*losses.values()]) / WORLD).tolist()
-        line = dict(zip(losses, means), lr=[group["lr"] for group in optimizer.param_groups])
-        require(
+        line = dict(zip(losses, means))
+        require(  # before a weight changes
             math.isfinite(line["total"]),
             f"step {run.step + 1}: the loss is {line['total']}. "
             f"Lower --lr, or look at these files: {' '.join(files)}",
@@ -1572,34 +1505,32 @@ def train(cfg: Config, folder: Folder | None = None, saved: dict | None = None, 
         broadcast_buffers(student)
         ema.update(student, run.step)
 
-        # Evaluate, write, draw; leave after a signal to any process.
         run.step += 1
-        times.append(time.perf_counter() - clock)
-        line |= dict(step=run.step, seconds=times[-1])
+        seconds = time.perf_counter() - clock
+        run.write(**line, lr=[group["lr"] for group in optimizer.param_groups], seconds=seconds)
         evaluate_now = run.step % math.ceil(cfg.steps / cfg.evals) == 0 or run.step == cfg.steps
         if evaluate_now:
-            last_iou = evaluate(ema.model, folder, folder.val, cfg, device)
-            run.last = float(last_iou.nanmean())
+            run.evaluated(evaluate(ema.model, folder, folder.val, cfg, device))
+            memory = ""
+            if device.type == "cuda":
+                memory = f", {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
             say(
                 f"step {run.step}: loss {line['total']:.3f}, kept {line.get('kept', math.nan):.2f}"
-                f", validation mIoU {run.last:.1f}, {np.median(times[1:] or times):.3g} s/step"
-                + peak_memory(device)
+                f", validation mIoU {run.last:.1f}, {seconds:.3g} s/step{memory}"
             )
-        stopping = sum_over_processes(torch.tensor(len(stop), device=device)) > 0
-        run.write(line, evaluate_now, bool(stopping) or run.step % cfg.save_every == 0)
-        if evaluate_now and RANK == 0:
-            save_sheet(path / "sheet.png", folder, compared, cfg, device)
-        if stopping:
-            say(f"stopped after step {run.step}; go on by --resume {path}")
-            # The others wait until process 0 has saved: torchrun ends all after the first.
-            sum_over_processes(torch.zeros(1, device=device))
-            raise KeyboardInterrupt
+            if RANK == 0:
+                save_sheet(path / "sheet.png", folder, compared, cfg, device)
+        if evaluate_now or run.step % cfg.save_every == 0:
+            run.save("last.pt")
         clock = time.perf_counter()
+    report(compared, folder, cfg, device, path, dict(val_last=run.last, val_best=run.best))
 
-    handle_signals([signal.default_int_handler] * 2)  # the table may be interrupted at once
-    models = {"CLIP by names": names_only} | compared
-    measured = {} if folder.test or last_iou is None else {trained_title: last_iou}
-    report(models, folder, cfg, device, path, measured, dict(val_last=run.last, val_best=run.best))
+
+def distribute(student: nn.Module) -> nn.Module:
+    """The same module, whose gradients are averaged over processes, if there are several."""
+    if WORLD == 1:
+        return student
+    return nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
 
 
 def broadcast_buffers(student: nn.Module) -> None:
@@ -1609,87 +1540,80 @@ def broadcast_buffers(student: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-def peak_memory(device: torch.device) -> str:
-    """The end of a line that says how much memory of the GPU was needed at most."""
-    if device.type != "cuda":
-        return ""
-    return f", {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
-
-
-def report(models: dict, folder: Folder, cfg: Config, device, out=None, measured=None, scores=None):
-    """IoU per class on the test images (or else validation), printed, and in OUT/result.json.
-    measured: title -> IoU, of models that were evaluated on these images already; scores: more for
-    result.json."""
+def report(models: dict, folder: Folder, cfg: Config, device, out=None, scores=None) -> None:
+    """Prints IoU per class on the test images (or else validation), and writes it with `scores`
+    into OUT/result.json. models: title -> model."""
     split, entries = ("test", folder.test) if folder.test else ("val", folder.val)
-    table, names = {}, [*folder.classes, "mIoU"]
+    names = [*folder.classes, "mIoU"]
+    table = {}
     for title, model in models.items():
-        iou = (measured or {}).get(title)
-        if iou is None:
-            iou = evaluate(model, folder, entries, cfg, device, split)
-        table[title] = torch.cat([iou, iou.nanmean()[None]])
+        iou = evaluate(model, folder, entries, cfg, device, split)
+        table[title] = [*iou.tolist(), float(iou.nanmean())]
     if out and RANK == 0:
-        values = {title: dict(zip(names, iou.tolist())) for title, iou in table.items()}
-        result = (scores or {}) | {split: values}
-        (out / "result.json").write_text(to_json(result), encoding="utf-8")
-    say_table(f"IoU, {split}", names, table, ".1f")
+        result = dict(scores or {})
+        result[split] = {
+            title: {name: None if math.isnan(v) else v for name, v in zip(names, values)}
+            for title, values in table.items()
+        }
+        (out / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    wide = max(map(len, names)) + 2
+    say(f"{f'IoU, {split}':{wide}}" + "".join(f"{title:>21}" for title in table))
+    for row, name in enumerate(names):
+        cells = "".join(f"{values[row]:21.1f}" for values in table.values())
+        say(f"{name:{wide}}{cells}")
 
 
 # 11. Weights: CLIP's, the authors', our checkpoints -----------------------------------------------
+# For the stem of conv_skip. With `authors_clip` and no conv_skip also for CLIP, as the authors do.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
 def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
-    """The CLIP that --clip, --clip-tag and --clip-weights name, and open_clip's config of it."""
-    name, tag, weights = cfg.clip, cfg.clip_tag, cfg.clip_weights
-    if toy := (name == "toy"):
-        with from_data_prep("--clip toy") as data_prep:
-            toy_config = data_prep.TOY_CLIP
-            name = name if weights else f"local-dir:{data_prep.prepare('toy', cfg.root)}"
-    with blame(f"--clip {name}, {weights or tag} (or give --clip-weights FILE, or none)"):
-        config = (
-            toy_config
-            if toy and weights
-            else (open_clip.get_model_config(name) or {"vision_cfg": {}})
-        )
-        quick, known = config.get("quick_gelu", False), open_clip.get_pretrained_cfg(name, tag)
+    """The CLIP of --clip and --clip-weights, and its config, of which open_clip.CLIP(**config)
+    makes one with random weights."""
+    name, weights = cfg.clip, cfg.clip_weights
+    with blame(f"--clip {name} --clip-weights {weights}"):
+        if name == "toy":
+            with from_data_prep("--clip toy") as data_prep:
+                config = data_prep.TOY_CLIP
+                if weights != "none":
+                    name = f"local-dir:{data_prep.prepare('toy', cfg.root)}"
+        else:
+            config = open_clip.get_model_config(name) or {"vision_cfg": {}}
         require(
             {*config} <= {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
             and isinstance(config["vision_cfg"].get("layers"), int)
             and "hf_tokenizer_name" not in config["text_cfg"],
             "no plain ViT CLIP of open_clip, such as ViT-B-16-quickgelu",
         )
+        if weights == "none":
+            return open_clip.CLIP(**config), config
+        if ":" in name:
+            require(weights == "openai", f"{name} has its own weights; drop --clip-weights")
+            weights = None
+        # The wrong GELU costs accuracy, and nothing else would tell.
+        known = open_clip.get_pretrained_cfg(name, weights) or {}
+        quick = config.get("quick_gelu", False)
         require(
-            weights or known.get("quick_gelu", quick) == quick,
-            f"{tag} was trained with the other GELU; add or drop -quickgelu",
+            known.get("quick_gelu", quick) == quick,
+            f"{weights} was trained with the other GELU; add or drop -quickgelu",
         )
-        if not weights:
-            tag = None if ":" in name else tag
-            return open_clip.create_model(name, tag, require_pretrained=True), config
-        clip = open_clip.CLIP(**config)
-        if weights != "none":  # all of the tensors, and nothing but tensors
-            # Loading TorchScript runs what is in it; OpenAI's own files are known by their SHA-256.
-            digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
-            foreign = digest not in open_clip.get_pretrained_url(name, "openai")
-            clip.load_state_dict(open_clip.factory.load_state_dict(weights, weights_only=foreign))
-            say(f"note: {name} uses {'QuickGELU' if quick else 'GELU'}, whatever {weights} needs")
-    return clip, config
+        # A FILE is read by torch.load(weights_only=True), and all of its tensors have to fit.
+        return open_clip.create_model(name, weights, require_pretrained=True), config
 
 
-# For conv_skip's ResNet. If `authors_clip` without conv_skip, for CLIP, as the authors have it.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def resnet_stem(weights: str) -> nn.Module:
+def resnet_stem(pretrained: bool) -> nn.Module:
     """Start of timm's resnet101c: images [B, 3, H, W] in [0, 1] -> [[B, 256, H/4, W/4]]."""
     import timm  # comes with open_clip
 
-    with blame(weights or "resnet101c (or give --conv-weights FILE)"):
-        net = timm.create_model("resnet101c", not weights, features_only=True, out_indices=(1,))
-        if weights not in ("", "none"):
-            state = open_clip.factory.load_state_dict(weights)
-            net.load_state_dict({name: state[name] for name in net.state_dict()})
+    with blame("resnet101c"):
+        net = timm.create_model("resnet101c", pretrained, features_only=True, out_indices=(1,))
     return nn.Sequential(v2.Normalize(IMAGENET_MEAN, IMAGENET_STD), net)
 
 
-def build_model(cfg: Config, visual: nn.Module, text: torch.Tensor, conv_weights="none") -> SemiVL:
-    """The model of the settings, around a visual tower and the classes' text [N, E]."""
+def build_model(cfg: Config, visual: nn.Module, text: torch.Tensor, pretrained=False) -> SemiVL:
+    """The model of the settings, around a visual tower and the classes' text [N, E]. pretrained:
+    whether the stem of conv_skip gets timm's weights."""
     # Crop 801 gives 50 patches a side, although a padded crop has 51: as in the authors' weights.
     side = cfg.crop // visual.conv1.kernel_size[0]
     require(side, f"--crop {cfg.crop}: smaller than a patch of CLIP")
@@ -1697,35 +1621,53 @@ def build_model(cfg: Config, visual: nn.Module, text: torch.Tensor, conv_weights
     clip = DenseCLIP(visual, (side, side), cfg.authors_clip, *statistics)
     spatial_fine_tuning(clip, cfg.finetune)
     E, D, C = clip.embed_dim, clip.width, cfg.decoder_channels
-    shallow, width = (256, C // 4) if cfg.conv_skip else (D, C // 8)
-    decoder = (
-        VisionDecoder(E, D, len(text))
-        if cfg.decoder == "vision"
-        else (LanguageGuidedDecoder(E, shallow, D, C, width, cfg.recompute))
-    )
-    stem = cfg.conv_skip and cfg.decoder == "language"  # VisionDecoder reads no shallow skip
-    return SemiVL(clip, decoder, text, resnet_stem(conv_weights) if stem else None)
+    if cfg.decoder == "vision":  # reads no shallow skip
+        return SemiVL(clip, VisionDecoder(E, D, len(text)), text)
+    if cfg.conv_skip:
+        decoder = LanguageGuidedDecoder(E, 256, D, C, C // 4, cfg.recompute)
+        return SemiVL(clip, decoder, text, resnet_stem(pretrained))
+    return SemiVL(clip, LanguageGuidedDecoder(E, D, D, C, C // 8, cfg.recompute), text)
 
 
-AUTHORS_NAMES = """module.> decode_head.layers>decoder.semantic decode_head.conv1>decoder.lift
-transformer.ffn.layers.0.0>layer.linear1 transformer.ffn.layers.1>layer.linear2
-transformer.attn.attn>layer.self_attn transformer.ln>layer.norm aspp_convs.4.gap.1>pooled.0
-aspp_convs.4.gap.2>pooled.1 aspp_convs>branches skip_proj.0>deep_proj skip_proj.1>shallow_proj
-decode_head>decoder conv_encoder.stem.7>conv.1.bn1 conv_encoder.stem>conv.1.conv1
-conv_encoder>conv.1 backbone.ln0>clip.visual.ln_pre backbone.ln1>clip.visual.ln_post
-backbone.cls_token>clip.visual.class_embedding backbone.pos_embed>clip.visual.positional_embedding
-backbone.proj.weight>clip.visual.proj backbone.patch_embed.projection>clip.visual.conv1
-backbone.layers>clip.visual.transformer.resblocks attn.attn>attn .ln1>.ln_1 .ln2>.ln_2
-ffn.layers.0.0>mlp.c_fc ffn.layers.1>mlp.c_proj"""
+AUTHORS_NAMES = [  # theirs, ours; replaced in this order
+    ("module.", ""),
+    ("decode_head.layers", "decoder.semantic"),
+    ("decode_head.conv1", "decoder.lift"),
+    ("transformer.ffn.layers.0.0", "layer.linear1"),
+    ("transformer.ffn.layers.1", "layer.linear2"),
+    ("transformer.attn.attn", "layer.self_attn"),
+    ("transformer.ln", "layer.norm"),
+    ("aspp_convs.4.gap.1", "pooled.0"),
+    ("aspp_convs.4.gap.2", "pooled.1"),
+    ("aspp_convs", "branches"),
+    ("skip_proj.0", "deep_proj"),
+    ("skip_proj.1", "shallow_proj"),
+    ("decode_head", "decoder"),
+    ("conv_encoder.stem.7", "conv.1.bn1"),
+    ("conv_encoder.stem", "conv.1.conv1"),
+    ("conv_encoder", "conv.1"),
+    ("backbone.ln0", "clip.visual.ln_pre"),
+    ("backbone.ln1", "clip.visual.ln_post"),
+    ("backbone.cls_token", "clip.visual.class_embedding"),
+    ("backbone.pos_embed", "clip.visual.positional_embedding"),
+    ("backbone.proj.weight", "clip.visual.proj"),
+    ("backbone.patch_embed.projection", "clip.visual.conv1"),
+    ("backbone.layers", "clip.visual.transformer.resblocks"),
+    ("attn.attn", "attn"),
+    (".ln1", ".ln_1"),
+    (".ln2", ".ln_2"),
+    ("ffn.layers.0.0", "mlp.c_fc"),
+    ("ffn.layers.1", "mlp.c_proj"),
+]
 
 
 def load_authors_checkpoint(state_dict: dict, text: torch.Tensor, heads=None) -> SemiVL:
     """The authors' weights, `load_file("best.pth")["model"]`, as a SemiVL in eval mode. text: [N,
-    E], the first that `describe_classes` returns (Cityscapes: decoder_text="mean")."""
+    E], as `describe_classes` returns it (Cityscapes: decoder_text="mean")."""
     weights, vit = {}, "clip.visual."
     for name, tensor in state_dict.items():
-        for pair in AUTHORS_NAMES.split():  # theirs>ours, replaced in this order
-            name = name.replace(*pair.split(">"))
+        for theirs, ours in AUTHORS_NAMES:
+            name = name.replace(theirs, ours)
         if not name.startswith("clip_encoder."):  # their frozen CLIP
             weights[name] = tensor
     weights[vit + "class_embedding"] = weights[vit + "class_embedding"].flatten()
@@ -1744,17 +1686,17 @@ def load_authors_checkpoint(state_dict: dict, text: torch.Tensor, heads=None) ->
     )
     cfg = Config(crop=side, authors_clip=True, conv_skip="conv.1.bn1.weight" in weights)
     model = build_model(cfg, visual, F.normalize(text.float(), dim=1))
-    ours = {name: model.state_dict()[name] for name in ("text", "clip.mean", "clip.std")}
-    model.load_state_dict(weights | ours)
+    for name in ("text", "clip.mean", "clip.std"):
+        weights[name] = model.state_dict()[name]
+    model.load_state_dict(weights)
     return model.eval()
 
 
 def load_file(file, *needed: str) -> dict:
     """What torch.save wrote, with the entries `needed`, without running code that may be in it."""
-    numbers = [
-        (np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
-        for core in ("core", "_core")
-    ] + [np.dtype, np.dtypes.Float64DType]  # scalars of old and new numpy
+    scalar = np.float64(0).__reduce__()[0]  # the authors' files hold scalars of numpy, old or new
+    names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    numbers = [*names, np.dtype, np.dtypes.Float64DType]
     with blame(file), torch.serialization.safe_globals(numbers):
         content = torch.load(file, map_location="cpu", weights_only=True)
         require(
@@ -1778,11 +1720,11 @@ def load_checkpoint(file: str, **changes) -> tuple[SemiVL, Config, dict]:
 def colour_mask(mask: torch.Tensor, classes) -> Image.Image:
     """Class numbers [H, W] -> palette image whose values are still the class numbers."""
     palette = [255] * 768  # three numbers each; IGNORE is white
-    for n, name in enumerate(classes):  # steps of the golden ratio keep neighbours apart
-        colour = f"hsv({(7 + 222.5 * n) % 360}, 60%, {(90, 70)[n // 8 % 2]}%)"
-        palette[3 * n : 3 * n + 3] = ImageColor.getrgb(
-            "#4d525c" if name == "background" else colour
-        )
+    for n, name in enumerate(classes):
+        hue = (7 + 222.5 * n) % 360  # steps of the golden ratio keep neighbours apart
+        value = 70 if n // 8 % 2 else 90
+        colour = "#4d525c" if name == "background" else f"hsv({hue}, 60%, {value}%)"
+        palette[3 * n : 3 * n + 3] = ImageColor.getrgb(colour)
     image = Image.fromarray(mask.cpu().numpy().astype(np.uint8))
     image.putpalette(palette)
     return image
@@ -1790,30 +1732,32 @@ def colour_mask(mask: torch.Tensor, classes) -> Image.Image:
 
 def save_sheet(file: Path, folder: Folder, models: dict, cfg: Config, device) -> None:
     """Up to four validation images, a row each: image, truth, what each model (title -> images to
-    logits) predicts, and before the last model its pseudo-labels, pale below the threshold."""
-    titles, side, cells = ["image", "truth", *models], 192, []
-    titles.insert(-1, "pseudo-label (pale: unsure)")
-    for entry in folder.val[:: math.ceil(len(folder.val) / 4)]:
-        image = folder.image(entry)
-        *others, (label, confidence) = [segment(m, image, cfg, device) for m in models.values()]
-        masks = [folder.mask(entry), *(other for other, _ in others), label, label]
-        row = [colour_mask(mask, folder.classes).convert("RGB") for mask in masks]
-        pale = 170 * (confidence < cfg.conf_thresh)
-        row[-2].paste("white", mask=Image.fromarray(pale.byte().cpu().numpy()))
-        cells += [
-            VF.pil_to_tensor(ImageOps.pad(cell, (side, side), Image.Resampling.BOX, "white"))
-            for cell in (VF.to_pil_image(image), *row)
-        ]
-    grid = VF.to_pil_image(make_grid(torch.stack(cells), len(titles), padding=6, pad_value=255))
-    columns, top = grid.width // 140, grid.height + 28
-    rows = math.ceil(len(folder.classes) / columns)  # of the legend
-    sheet = Image.new("RGB", (grid.width, top + 20 * rows), "white")
-    sheet.paste(grid, (0, 24))
+    logits) predicts, and the last model's pseudo-labels, white below the threshold."""
+    side, space = 192, 6
+    titles = ["image", "truth", *models, "its sure pixels"]
+    entries = folder.val[:: math.ceil(len(folder.val) / 4)]
+    top = (side + space) * len(entries) + 24  # of the legend
+    columns = len(titles) * (side + space) // 140
+    height = top + 20 * math.ceil(len(folder.classes) / columns)
+    sheet = Image.new("RGB", (len(titles) * (side + space), height), "white")
     write = partial(ImageDraw.Draw(sheet).text, fill="black", font=ImageFont.load_default(14))
-    for n, title in enumerate(titles):
-        write((6 + n * (side + 6), 6), title)
+    for column, title in enumerate(titles):
+        write((column * (side + space), 4), title)
+    for row, entry in enumerate(entries):
+        image, truth = folder.pair(entry)
+        masks = [truth, *(segment(model, image, cfg, device) for model in models.values())]
+        scores = window_scores([*models.values()][-1], image, cfg, device)
+        if cfg.window_mode == "logits":
+            scores = scores.softmax(1)
+        confidence = F.interpolate(scores.amax(1, keepdim=True), image.shape[1:])[0, 0]  # [H, W]
+        masks.append(masks[-1].masked_fill(confidence < cfg.conf_thresh, IGNORE))
+        cells = [VF.to_pil_image(image)]
+        cells += [colour_mask(mask, folder.classes).convert("RGB") for mask in masks]
+        for column, cell in enumerate(cells):
+            cell = ImageOps.pad(cell, (side, side), Image.Resampling.BOX, "white")
+            sheet.paste(cell, (column * (side + space), 24 + row * (side + space)))
     for n, name in enumerate(folder.classes):
-        x, y = 6 + n % columns * 140, top + n // columns * 20
+        x, y = n % columns * 140, top + n // columns * 20
         sheet.paste(colour_mask(torch.full((14, 14), n), folder.classes), (x, y))
         write((x + 20, y), name)
     sheet.save(file)
@@ -1821,21 +1765,18 @@ def save_sheet(file: Path, folder: Folder, models: dict, cfg: Config, device) ->
 
 # 13. Command line ---------------------------------------------------------------------------------
 def image_files(names: list[str]) -> list[Path]:
-    """The files that are named; of a folder or a wildcard, which not every shell expands, those
-    that are images."""
+    """The files that are named, and the images in folders that are named."""
     files = []
-    readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    for name in map(Path, names):
-        found = [name]
-        if name.is_dir():
-            found = sorted(name.iterdir())
-        elif not name.exists() and glob.has_magic(str(name)):
-            found = [Path(path) for path in sorted(glob.glob(str(name)))]
-        if found != [name]:
-            found = [f for f in found if f.is_file() and f.suffix.lower() in readable]
-            ours = ("-mask.png", "-overlay.png")  # what --predict has written
-            found = [f for f in found if f.name[0] != "." and not f.name.endswith(ours)]
-            require(found, f"{name}: no image there")
+    for path in map(Path, names):
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = [file for file in sorted(path.iterdir()) if file.name[0] != "."]
+        known = Image.registered_extensions()
+        found = [file for file in found if known.get(file.suffix.lower()) in Image.OPEN]
+        ours = ("-mask.png", "-overlay.png")  # what --predict has written
+        found = [file for file in found if not file.name.endswith(ours)]
+        require(found, f"{path}: no image there")
         files += found
     return files
 
@@ -1845,49 +1786,40 @@ def predict(checkpoint: str, images: list[str], typed: dict) -> None:
     require(images, "--predict CKPT IMAGE ...: one of them is missing")
     files = image_files(images)
     model, cfg, classes = load_checkpoint(checkpoint, **typed)
-    device, problems = pick_device(cfg.device), []
+    device = pick_device(cfg.device)
     model.to(device)
     out = Path(cfg.out or Path(checkpoint).parent / "predictions")
     out.mkdir(parents=True, exist_ok=True)
+    problems = []
     for file in progress(files, "predict"):
         name, number = file.stem, 1
-        while (out / f"{name}-mask.png").exists() or (out / f"{name}-overlay.png").exists():
-            number += 1  # nothing is overwritten
+        while (out / f"{name}-mask.png").exists():  # nothing is overwritten
+            number += 1
             name = f"{file.stem}-{number}"
         try:
             image = read_image(file)
-            label, _ = segment(model, image, cfg, device)
-            mask = colour_mask(label, classes)
-            overlay = Image.blend(VF.to_pil_image(image), mask.convert("RGB"), 0.55)
-            overlay.save(out / f"{name}-overlay.png")
-            mask.save(out / f"{name}-mask.png")
-            shown = [[*classes][n] for n in label.unique()]
-            say(f"{file} -> {out / name}-mask.png: {', '.join(shown)}")
         except UserError as error:  # the other images are predicted all the same
             problems.append(str(error))
+            continue
+        label = segment(model, image, cfg, device)
+        mask = colour_mask(label, classes)
+        overlay = Image.blend(VF.to_pil_image(image), mask.convert("RGB"), 0.55)
+        overlay.save(out / f"{name}-overlay.png")
+        mask.save(out / f"{name}-mask.png")
+        shown = [[*classes][n] for n in label.unique()]
+        say(f"{file} -> {out / name}-mask.png: {', '.join(shown)}")
     require(not problems, "\n".join(problems))
-
-
-def benchmark(cfg: Config) -> None:
-    """--benchmark: four steps of `train` on noise, with random weights (and the set's classes)."""
-    entries, size = [(f"{i}.png", f"{i}.png") for i in range(2 * cfg.batch)], (cfg.crop, cfg.crop)
-    classes = DEFINITIONS.get(cfg.dataset) or open_data(cfg).classes
-    noise = Folder(Path("noise"), classes, entries, entries[:1], [])
-    noise.image = lambda entry: torch.randint(256, (3, *size), dtype=torch.uint8)
-    noise.mask = lambda entry: torch.randint(2, size, dtype=torch.uint8)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
-        changes = dict(labels=cfg.batch, steps=4, evals=1, workers=0, out=f"{place}/run")
-        train(dataclasses.replace(cfg, clip_weights="none", conv_weights="none", **changes), noise)
 
 
 def parse_args(argv) -> tuple[argparse.Namespace, dict]:
     """The command line, and of it the fields of Config that were typed, with their values."""
     parser = argparse.ArgumentParser(usage="semivl.py [options; voc defaults]", allow_abbrev=False)
-    comments = dict(re.findall(r"    (\w+): .*?  # (.*)", Path(__file__).read_text("utf-8")))
+    source = Path(__file__).read_text("utf-8")
+    comments = dict(re.findall(r"    (\w+): .*?  # (.*)", source))  # behind the fields of Config
     for name, kind in Config.__annotations__.items():
         default, choices = getattr(Config, name), get_args(kind) or None
         if kind is bool:
-            default, choices = ("off", "on")[default], ("on", "off")
+            default, choices = "on" if default else "off", ("on", "off")
         parser.add_argument(
             option(name),
             dest=name,
@@ -1899,74 +1831,86 @@ def parse_args(argv) -> tuple[argparse.Namespace, dict]:
     actions.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped")
     actions.add_argument("--eval", metavar="CKPT", help="IoU per class of a checkpoint")
     actions.add_argument("--predict", nargs="+", metavar=("CKPT", "IMAGE"), help="masks of images")
-    actions.add_argument("--benchmark", action="store_true", help="seconds and memory of a step")
     args = parser.parse_args(argv)
-    return args, {
-        name: value == "on" if Config.__annotations__[name] is bool else value
-        for name, value in vars(args).items()
-        if name in comments and value is not None
-    }
+    typed = {}
+    for name, kind in Config.__annotations__.items():
+        value = getattr(args, name)
+        if value is not None:
+            typed[name] = value == "on" if kind is bool else value
+    return args, typed
 
 
 def run_command(argv) -> None:
     """Does what the command line says."""
     args, typed = parse_args(argv)
     allowed = {"device", "dataset", "root", "workers"}  # when a checkpoint has the settings
-    if args.resume is None:
-        allowed |= {"out", "stride"}
-    else:  # on another machine, or for longer
+    if args.resume is not None:  # on another machine, or for longer
         allowed |= {"steps", "micro_batch", "recompute", "clip_weights"}
-    wrong = [name for name in typed if name not in allowed]
-    new = all(action is None for action in (args.resume, args.eval, args.predict))
-    require(new or not wrong, f"not to be given here: {', '.join(map(option, wrong))}")
+    elif args.eval is not None or args.predict:
+        allowed |= {"out", "stride"}
+    else:
+        allowed = {*Config.__annotations__}
+    wrong = [option(name) for name in typed if name not in allowed]
+    require(not wrong, f"not to be given here: {', '.join(wrong)}")
+
     if args.resume is not None:
-        file = (run := Path(args.resume)) / "last.pt"
-        require(file.is_file(), f"{run}: not a run's folder with last.pt")
-        log = open_log(run) if RANK == 0 else None
-        saved = load_file(
-            file,
-            *"model config classes student optimizer labelled digest step last best".split(),
-        )
+        file = Path(args.resume) / "last.pt"
+        require(file.is_file(), f"{args.resume}: not a run's folder with last.pt")
+        needed = "model config classes student optimizer labelled lists step last best"
+        saved = load_file(file, *needed.split())
         with blame(file):
             cfg = Config(**saved["config"] | typed | dict(out=args.resume))
-        if "dataset" in typed:
-            saved["digest"] = None  # the user vouches for changed lists
-        train(cfg, None, saved, log)
+        train(cfg, saved)
     elif args.eval is not None:
         model, cfg, classes = load_checkpoint(args.eval, **typed)
         check_out(cfg)
         folder, device = open_data(cfg), pick_device(cfg.device)
         join_processes(device)
         require([*folder.classes] == [*classes], f"{folder.path}: other classes")
-        out = new_run(cfg, []) if cfg.out and RANK == 0 else None
+        out = new_folder(cfg) if cfg.out and RANK == 0 else None
         report({"SemiVL": model.to(device)}, folder, cfg, device, out)
     elif args.predict:
         if RANK == 0:  # one process does all
             predict(args.predict[0], args.predict[1:], typed)
     else:
-        preset = PRESETS.get(typed.get("dataset", "toy"), {})
-        cfg = Config(**preset | ({"steps": 0} if "epochs" in typed else {}) | typed)
+        preset = dict(PRESETS.get(typed.get("dataset", "toy"), {}))
+        if "epochs" in typed:
+            preset["steps"] = 0
+        cfg = Config(**preset | typed)
         check_out(cfg)
-        benchmark(cfg) if args.benchmark else train(cfg)
-    leave_processes()
+        train(cfg)
+    if WORLD > 1 and dist.is_initialized():  # not after an error: the others would wait for ever
+        dist.destroy_process_group()
+
+
+MEMORY = "out of memory; in training: --micro-batch 1, --recompute on; else a smaller image"
 
 
 def main(argv=None) -> int:
     """Runs the command line; exit code 2 and one line for a user's mistake, 130 for Ctrl-C."""
     try:
-        with known_ends():
-            run_command(argv)
+        run_command(argv)
         return 0
     except KeyboardInterrupt:
-        print("semivl.py: interrupted", file=sys.stderr)
+        print("semivl.py: interrupted; --resume RUN goes on from last.pt", file=sys.stderr)
         return 130
-    except (UserError, OSError) as error:  # all else is a bug, and keeps its traceback
-        print(f"semivl.py: {error}", file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:  # a loader process puts its traceback in front
+        message = str(error).rpartition("UserError: ")[2].strip()
+    except (RuntimeError, MemoryError) as error:
+        message = str(error)
+        if "DataLoader worker (pid" in message or "shared memory" in message:
+            message = f"{message.splitlines()[-1]} (--workers 0 needs no other processes)"
+        elif isinstance(error, MemoryError) or "memory" in message.lower():
+            message = MEMORY
+        else:  # a bug keeps its traceback
+            raise
+    print(f"semivl.py: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's have not
             stream.reconfigure(errors="replace", line_buffering=True)  # for names a console lacks
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a scheduler sends: as Ctrl-C
     sys.exit(main())

@@ -323,9 +323,7 @@ def test_losses_and_gradients_of_a_step_equal_the_authors(conf, factor, known, n
 
 
 def test_window_average_equals_the_authors(authors):
-    strips = [*semivl.sliding_window(authors, pixels(21, (1, 3, 150, 300)), 128, 106)]
-    assert [strip.shape[2] for strip in strips] == [22, 128]  # rows that no other window covers
-    logits = torch.cat(strips, dim=2)
+    logits = semivl.sliding_window(authors, pixels(21, (1, 3, 150, 300)), 128, 106)
     logits = F.interpolate(logits, (180, 360), mode="bilinear", align_corners=True)
     assert_golden("window ", average=logits, atol=2e-5)
     prediction = logits.argmax(1)[0]
@@ -342,8 +340,8 @@ def test_window_average_equals_the_authors(authors):
 
 
 def test_window_probabilities_equal_the_authors_with_one_resize(authors):
-    strips = semivl.sliding_window(authors, pixels(21, (1, 3, 150, 310)), 128, 85, "probabilities")
-    counts = torch.cat([*strips], dim=2).argmax(1).flatten().bincount()
+    scores = semivl.sliding_window(authors, pixels(21, (1, 3, 150, 310)), 128, 85, "probabilities")
+    counts = scores.argmax(1).flatten().bincount()
     more = counts - torch.tensor([15903, 4131, 20706, 3233, 2527])
     assert more.abs().max() <= 3  # near-ties may fall either way on another processor
 
@@ -580,45 +578,17 @@ def test_deeplab_reads_the_deep_skip_beside_the_embedding():
     ]
 
 
-def assert_loaded_whole_or_refused(load, state: dict, file: Path):
-    """load(FILE) gives the tensors of a file, and refuses one with a tensor less."""
-    write = safetensors.torch.save_file if file.suffix == ".safetensors" else torch.save
-    write(state, file)
-    loaded = load(str(file)).state_dict()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.items())
-    first, *others = loaded
-    write({name: state[name] for name in others}, file)
-    with pytest.raises(ValueError, match=file.name):
-        load(str(file))
-
-
 @pytest.mark.parametrize("name", ["clip.pt", "clip.safetensors"])
 def test_a_file_of_clip_weights_is_loaded_whole_or_refused(name, tmp_path):
-    def load(file):
-        return semivl.load_clip(Config(clip="toy", clip_weights=file))[0]
-
-    assert_loaded_whole_or_refused(load, data_prep.empty_clip().state_dict(), tmp_path / name)
-
-
-def test_a_file_of_stem_weights_is_loaded_whole_or_refused(tmp_path):
-    state = semivl.resnet_stem("none")[1].state_dict()
-    whole = state | {"layer2.0.conv1.weight": torch.ones(1)}  # the file holds the whole ResNet
-    assert_loaded_whole_or_refused(
-        lambda file: semivl.resnet_stem(file)[1], whole, tmp_path / "resnet.pt"
-    )
-
-
-def test_torchscript_is_loaded_only_if_it_is_openais_own(tmp_path, monkeypatch):
-    clip, weights = data_prep.empty_clip().eval(), tmp_path / "clip.pt"
-    clip.attn_mask = None  # OpenAI's files have none
-    inputs = torch.rand(1, 3, 96, 96), open_clip.tokenize("a cat", 16)
-    torch.jit.trace(clip, inputs, check_trace=False).save(str(weights))
-    with pytest.raises(ValueError, match="TorchScript"):
-        semivl.load_clip(cfg := Config(clip="toy", clip_weights=str(weights)))
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    monkeypatch.setattr(open_clip, "get_pretrained_url", lambda *_: f"https://x/{digest}/a.pt")
-    loaded = semivl.load_clip(cfg)[0].state_dict()
-    assert all(torch.equal(tensor, loaded[name]) for name, tensor in clip.state_dict().items())
+    config = dict(clip="ViT-S-32-alt", clip_weights=str(tmp_path / name))
+    state = semivl.load_clip(Config(**config | {"clip_weights": "none"}))[0].state_dict()
+    write = safetensors.torch.save_file if name == "clip.safetensors" else torch.save
+    write(state, tmp_path / name)
+    loaded = semivl.load_clip(Config(**config))[0].state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in loaded.items())
+    write({key: state[key] for key in [*state][1:]}, tmp_path / name)
+    with pytest.raises(ValueError, match=name):
+        semivl.load_clip(Config(**config))
 
 
 def test_the_teacher_follows_the_formula():
@@ -696,15 +666,13 @@ def test_classes_in_pieces_equal_those_of_all_scores_at_once(fit, mode):
     cfg, seen = Config(crop=32, stride=20, fit=fit, window_mode=mode, device="cpu"), []
     model = lambda x: seen.append(x[0, 0].numel()) or F.conv2d(x, weight)  # noqa: E731
     small = semivl.VF.resize(image, semivl.scaled_size(70, 50, 32 / 50 if fit else 1))[None] / 255
-    scores = torch.cat([*semivl.sliding_window(model, small, 32, 20, mode)], dim=2)
+    scores = semivl.sliding_window(model, small, 32, 20, mode)
     scores = F.interpolate(scores, (70, 50), mode="bilinear", align_corners=True)[0]
-    label, confidence = semivl.segment(model, image, cfg, torch.device("cpu"))
+    label = semivl.segment(model, image, cfg, torch.device("cpu"))
     assert label.dtype == torch.uint8 and torch.equal(label, scores.argmax(0))
-    scores = scores if mode == "probabilities" else scores.softmax(0)
-    torch.testing.assert_close(confidence, scores.amax(0))
     seen.clear()  # a thin strip is not blown up until its short side fills a window
     strip = image[:, :1].tile(1, 1, 30)
-    assert semivl.segment(model, strip, cfg, torch.device("cpu"))[0].shape == (1, 1500)
+    assert semivl.segment(model, strip, cfg, torch.device("cpu")).shape == (1, 1500)
     assert sum(seen) < 20_000
 
 
@@ -1049,8 +1017,8 @@ def test_definitions_are_compared_where_there_are_some_and_nothing_twice(
         open_folder(folder, definitions=definitions)
         (tmp_path / str(models)).mkdir()  # an empty folder is taken
         assert run(folder, tmp_path / str(models)) == 0
-        # Frozen CLIP before training and for the table; SemiVL after the last step only.
-        assert evaluated.count("SemiVL") == 1 and evaluated.count("FrozenGuidance") == 2 * models
+        # Frozen CLIP before training and for the table; SemiVL after the last step, too.
+        assert evaluated.count("SemiVL") == 2 and evaluated.count("FrozenGuidance") == 2 * models
         evaluated.clear()
         said = capsys.readouterr().out
         assert "by names" in said and ("by definitions" in said) == (models == 2)
@@ -1075,16 +1043,6 @@ def test_one_image_a_process_has_no_partner_for_cutmix_and_this_is_said(folder, 
         options = ["--batch", batch, "--micro-batch", 1, "--steps", 1]
         assert run(folder, tmp_path / str(batch), *options) == 0
         assert ("note: each process has one" in capsys.readouterr().out) == told
-
-
-def test_a_run_in_a_thread_and_a_run_that_fails_leave_signals_to_the_caller(folder, tmp_path):
-    numbers, codes = (signal.SIGINT, signal.SIGTERM), []
-    before = [*map(signal.getsignal, numbers)]
-    thread = threading.Thread(target=lambda: codes.append(run(folder, tmp_path / "thread")))
-    thread.start()
-    thread.join()
-    codes.append(run(folder, tmp_path / "fails", "--lr", "1e30", "--steps", 50))
-    assert codes == [0, 2] and [*map(signal.getsignal, numbers)] == before
 
 
 def test_both_programs_run_in_a_notebook_and_without_distributed(folder, tmp_path):
@@ -1138,7 +1096,7 @@ def test_a_bug_keeps_its_traceback(folder, tmp_path, monkeypatch):
     ],
 )
 def test_an_end_that_is_no_bug_has_one_line(error, told, folder, tmp_path, monkeypatch, capsys):
-    def loss(*_):
+    def loss(*_, **__):
         raise error
 
     monkeypatch.setattr(semivl, "semivl_loss", loss)
@@ -1192,7 +1150,7 @@ def test_every_view_goes_with_the_targets_of_its_pixels(monkeypatch):
         seeds.add(torch.initial_seed())
         return images  # for logits
 
-    def loss(logits, y, targets, *more):
+    def loss(logits, y, targets, **more):
         assert [*logits] == ["x", "s1", "s2", "fp"] and [*targets] == ["s1", "s2", "fp"]
         for view, known in targets.items():
             assert all(map(torch.equal, known, targets_of(logits[view])))
@@ -1357,18 +1315,17 @@ def test_a_killed_run_goes_on_to_the_same_weights(workers, whole, tmp_path):
     assert_resumes_to(whole, killed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_after_saving(number, whole, tmp_path, monkeypatch, capsys):
-    def signalled(self, student, step, update=semivl.EMATeacher.update):
+def test_an_interrupted_run_goes_on_from_its_last_save(whole, tmp_path, monkeypatch, capsys):
+    def interrupted(self, student, step, update=semivl.EMATeacher.update):
         if step == 4:
-            signal.raise_signal(number)  # in the middle of the step: it will be finished
+            signal.raise_signal(signal.SIGINT)
         update(self, student, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(semivl.EMATeacher, "update", signalled)
+        patch.setattr(semivl.EMATeacher, "update", interrupted)
         assert run(whole.parent / "images", stopped := tmp_path / "stopped", *LONG) == 130
-    assert f"go on by --resume {stopped}" in capsys.readouterr().out
-    assert semivl.load_file(stopped / "last.pt")["step"] == 5
+    assert capsys.readouterr().err == "semivl.py: interrupted; --resume RUN goes on from last.pt\n"
+    assert semivl.load_file(stopped / "last.pt")["step"] < 5
     assert_resumes_to(whole, stopped)
 
 
@@ -1385,32 +1342,20 @@ def test_a_run_goes_on_with_its_own_lists_or_with_those_that_are_named(whole, tm
     content["config"]["dataset"] = str(data)
     torch.save(content, run / "last.pt")
     save(data / "splits", {"train.txt": pairs(0, 1, 2)})
-    for options, told in (
-        ([], "images: its lists changed"),
-        (["--dataset", str(data)], ""),
-        ([], "--dataset"),
-    ):
-        assert semivl.main(["--resume", str(run), *options]) == 2 * bool(told)
-        assert told in capsys.readouterr().err
-        if options:
-            data.rename(tmp_path / "moved")
+    assert semivl.main(["--resume", str(run)]) == 2
+    assert "images: its lists or classes changed" in capsys.readouterr().err
+    save(data / "splits", {"train.txt": pairs(0, 1, 2, 3)})
+    data.rename(tmp_path / "moved")
+    assert semivl.main(["--resume", str(run)]) == 2 and "--dataset" in capsys.readouterr().err
+    assert semivl.main(["--resume", str(run), "--dataset", str(tmp_path / "moved")]) == 0
 
 
 def test_a_run_that_is_going_on_is_not_resumed_by_another_process(whole, tmp_path):
     pytest.importorskip("fcntl")
-    log = semivl.open_log(out := shutil.copytree(whole, tmp_path / "run"))
+    run = semivl.Run(out := shutil.copytree(whole, tmp_path / "run"), {}, {})
     done = subprocess.run([sys.executable, semivl.__file__, "--resume", out], capture_output=True)
     assert done.returncode == 2 and b"another process is at work" in done.stderr
-    log.close()
-
-
-def test_json_has_no_nan_and_a_log_file_gets_lines(folder, tmp_path, monkeypatch, capsys):
-    assert json.loads(semivl.to_json({"NaN": [math.nan, 1.5]})) == {"NaN": [None, 1.5]}
-    assert semivl.LINES["mininterval"] <= 60
-    often = semivl.LINES | dict(mininterval=0, delay=0)
-    monkeypatch.setattr(semivl, "progress", lambda *a, **k: semivl.tqdm(*a, **k, **often))
-    assert run(folder, tmp_path / "run") == 0
-    assert "train: 4 of 4\n" in capsys.readouterr().err
+    run.log.close()
 
 
 def start(processes: int, *command) -> str:
@@ -1532,11 +1477,6 @@ def test_semivl_alone_in_an_empty_folder_trains_resumes_evaluates_and_predicts(t
     assert done.returncode == 2 and "data_prep.py, which makes it, is not" in done.stderr
 
 
-def test_the_benchmark_measures_training_steps(capsys):
-    assert semivl.main(["--benchmark", "--dataset", "voc", *TINY]) == 0
-    assert "s/step" in capsys.readouterr().out
-
-
 def test_predictions_are_not_overwritten_and_have_the_size_of_the_image(whole, tmp_path, capsys):
     Image.effect_noise((70, 33), 90).convert("CMYK").save(image := tmp_path / "a.jpg")
     command = ["--predict", str(whole / "last.pt"), str(image), "--out", str(tmp_path / "out")]
@@ -1551,11 +1491,11 @@ def test_predictions_are_not_overwritten_and_have_the_size_of_the_image(whole, t
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
-def test_folders_and_wildcards_are_predicted(whole, tmp_path):
+def test_folders_are_predicted(whole, tmp_path):
     images = shutil.copytree(whole.parent / "images/images", tmp_path / "images")
     for name in ("notes.txt", "report.pdf", "0-mask.png", "0-overlay.png"):  # none is predicted
         (images / name).write_text("no image")
-    for named, out in ((images, tmp_path / "a"), (images / "[0-5]*", tmp_path / "b")):
+    for named, out in ((images, tmp_path / "a"),):
         command = ["--predict", str(whole / "last.pt"), str(named), "--out", str(out)]
         assert semivl.main(command) == 0
         assert len([*out.glob("*-mask.png")]) == 6
@@ -1564,7 +1504,7 @@ def test_folders_and_wildcards_are_predicted(whole, tmp_path):
 def test_eval_writes_what_a_run_has_and_no_empty_list(whole, tmp_path):
     command = ["--eval", str(whole / "last.pt"), "--out", str(tmp_path / "out")]
     assert semivl.main(command) == 0
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"semivl.py", "result.json"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"result.json"}
 
 
 # Mistakes end in one line, and nothing is left behind ---------------------------------------------
@@ -1607,10 +1547,9 @@ MISTAKES = {  # what is wrong -> (file, content or picture; or options), words o
     "more labels than masks": "--labels 200 | --labels 200",
     "unknown CLIP": "--clip ViT-Z | ViT-Z",
     "a CLIP with a foreign text tower": "--clip roberta-ViT-B-32 | no plain ViT",
-    "QuickGELU weights for a GELU model": "--clip ViT-B-16 --clip-weights= | quickgelu",
-    "malicious weights": "--clip-weights bad.pt | bad.pt",
+    "QuickGELU weights for a GELU model": "--clip ViT-B-16 --clip-weights openai | quickgelu",
+    "malicious weights": "--clip ViT-S-32-alt --clip-weights bad.pt | bad.pt",
     "a malicious checkpoint": "--eval bad.pt | bad.pt",
-    "malicious stem weights": "--conv-skip on --conv-weights bad.pt | bad.pt",
     "windows with gaps between them": "--stride 33 | is above --crop",
     "a width without an eighth": "--decoder-channels 12 | multiple of 8",
     "a crop below the patch": "--crop 7 --stride 7 | patch",
