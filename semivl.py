@@ -323,13 +323,6 @@ def describe_classes(clip, classes: dict[str, list], *, decoder_text="names", de
 # The decoder also needs to know where things end. Two skip maps (shallow: of block 0, deep: of
 # block 4 of 12) tell it: so early, a patch still describes its own pixels. The authors use value
 # paths for these, too, and give no reason; our guess: attention would blur the maps further.
-class LeanQuickGELU(nn.Module):
-    """x sigmoid(1.702 x), as silu(1.702 x) / 1.702: the backward pass keeps one tensor, not two."""
-
-    def forward(self, x):
-        return F.silu(1.702 * x).mul_(1 / 1.702)
-
-
 def value_path(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A block of open_clip's ViT on tokens [B, T, D], each of which attends to itself alone."""
     attn, D = block.attn, x.shape[-1]
@@ -361,14 +354,11 @@ class DenseCLIP(nn.Module):
         plain = (
             isinstance(visual, parts.VisionTransformer)
             and not visual.attn_pool
-            and (
-                not visual.final_ln_after_pool
-                and len(visual.transformer.resblocks) > 1
-                and all(
-                    type(b) is parts.ResidualAttentionBlock for b in visual.transformer.resblocks
-                )
-                and len(visual.positional_embedding) == 1 + math.prod(visual.grid_size)
-            )
+            and not visual.final_ln_after_pool
+            and len(visual.transformer.resblocks) > 1
+            and len(visual.positional_embedding) == 1 + math.prod(visual.grid_size)
+            and {type(block) for block in visual.transformer.resblocks}
+            == {parts.ResidualAttentionBlock}
         )
         require(plain, "DenseCLIP needs a plain ViT of two blocks or more, fresh from create_model")
         self.visual, self.patch = visual, visual.conv1.kernel_size[0]
@@ -380,8 +370,8 @@ class DenseCLIP(nn.Module):
         for module in visual.modules():
             if authors and isinstance(module, nn.LayerNorm):
                 module.eps = 1e-6
-            if isinstance(getattr(module, "gelu", None), parts.QuickGELU):
-                module.gelu = nn.GELU() if authors else LeanQuickGELU()
+            if authors and isinstance(getattr(module, "gelu", None), parts.QuickGELU):
+                module.gelu = nn.GELU()
         mean = mean or getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
         std = std or getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
@@ -426,11 +416,8 @@ def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
-    """A copy that gets no gradients. It copies the parameters that train and shares all others, two
-    thirds of the ViT. If one of those is trained, loaded or cast later, the copy changes, too."""
-    shared = {id(p): p for p in module.parameters() if not p.requires_grad}
-    # deepcopy returns what it finds in its memo instead of copying it.
-    return copy.deepcopy(module, memo=shared).requires_grad_(False).eval()
+    """A copy in eval mode that gets no gradients."""
+    return copy.deepcopy(module).requires_grad_(False).eval()
 
 
 # 5. Decoders (paper: Language-Guided Decoder): how does "similar to this text" become a mask? -----
@@ -466,13 +453,6 @@ def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=None) -> nn.Sequential:
     return nn.Sequential(conv, norm, nn.ReLU(inplace=True))
 
 
-def conv_by_parts(conv: nn.Conv2d, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """conv(torch.cat(parts, dim=1)) as terms to be summed, so that a part shared by all classes (a
-    skip) or all places (a 1 x 1 mean) is convolved once. conv: no bias, stride or dilation."""
-    weights = conv.weight.split([part.shape[1] for part in parts], dim=1)
-    return [F.conv2d(part, w, padding=conv.padding) for part, w in zip(parts, weights)]
-
-
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling (DeepLab): one map seen at five fields of view, a branch of
     `width` channels each. [., c_in, gh, gw] -> [., c_out, gh, gw]."""
@@ -487,9 +467,10 @@ class ASPP(nn.Module):
         self.project = conv_norm_relu(5 * width, c_out, 1, norm=norm)
 
     def forward(self, x):
+        views = [branch(x) for branch in self.branches]  # [., width, gh, gw] each
         whole = self.pooled(x.mean((2, 3), keepdim=True))  # [., width, 1, 1], one for all places
-        conv, norm, relu = self.project
-        return relu(norm(sum(conv_by_parts(conv, [*(b(x) for b in self.branches), whole]))))
+        views.append(whole.expand_as(views[0]))
+        return self.project(torch.cat(views, dim=1))
 
 
 class SemanticReasoning(nn.Module):
@@ -535,10 +516,14 @@ class UpStage(nn.Module):
     def forward(self, x, skip):
         x = self.up(x)  # [B*N, c_in - c_skip, 2a, 2b]
         skip = F.interpolate(skip, x.shape[2:], mode="bilinear", align_corners=True)  # 2a x 2b
+        # conv(cat(x, skip)) is the sum of the convolutions of both. So the skip, which all classes
+        # share, is convolved once, not N times.
         conv, norm, relu = self.conv[:3]  # the first of two; self.conv[3:] is the second
-        x, skip = conv_by_parts(conv, [x, skip])  # [B*N, c_out, 2a, 2b], [B, c_out, 2a, 2b]
-        x = x.unflatten(0, (len(skip), -1)) + skip.unsqueeze(1)  # [B, N, c_out, 2a, 2b]
-        return self.conv[3:](relu(norm(x.flatten(0, 1))))
+        weight_x, weight_skip = conv.weight.split([x.shape[1], skip.shape[1]], dim=1)
+        x = F.conv2d(x, weight_x, padding=1)  # [B*N, c_out, 2a, 2b]
+        skip = F.conv2d(skip, weight_skip, padding=1)  # [B, c_out, 2a, 2b]
+        joined = x.unflatten(0, (len(skip), -1)) + skip.unsqueeze(1)  # [B, N, c_out, 2a, 2b]
+        return self.conv[3:](relu(norm(joined.flatten(0, 1))))
 
 
 class LanguageGuidedDecoder(nn.Module):
@@ -552,16 +537,19 @@ class LanguageGuidedDecoder(nn.Module):
     ):
         super().__init__()
         require(channels > 0 and channels % 8 == 0, "decoder channels: take a multiple of 8")
-        self.recompute, C = recompute, channels
+        self.recompute = recompute
+        C = channels
         shallow_width = shallow_width or C // 8
-        self.lift, self.aspp = nn.Conv2d(1, C, 7, padding=3), ASPP(C, C, C)
+        self.lift = nn.Conv2d(1, C, 7, padding=3)
+        self.aspp = ASPP(C, C, C)
         self.text_proj = nn.Sequential(nn.Linear(embed_dim, C), nn.ReLU())
         self.semantic = nn.ModuleList([SemanticReasoning(C), SemanticReasoning(C)])
         self.deep_proj = nn.Sequential(nn.Conv2d(deep_dim, C // 4, 3, padding=1), nn.ReLU())
         self.shallow_proj = nn.Sequential(
             nn.Conv2d(shallow_dim, shallow_width, 3, padding=1), nn.ReLU()
         )
-        self.up1, self.up2 = UpStage(C, C // 4, C // 2), UpStage(C // 2, shallow_width, C // 4)
+        self.up1 = UpStage(C, C // 4, C // 2)
+        self.up2 = UpStage(C // 2, shallow_width, C // 4)
         self.head = nn.Conv2d(C // 4, 1, 3, padding=1)
         self.to(memory_format=torch.channels_last)  # in which these convolutions are faster
 
