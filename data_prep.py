@@ -581,13 +581,6 @@ TOY_CLIP = {  # settings as open_clip has them
 }
 
 
-def empty_clip():
-    """The toy world's open_clip.CLIP with random weights."""
-    import open_clip
-
-    return open_clip.CLIP(**TOY_CLIP)
-
-
 def random_crops(images, side: int):
     """[N, 3, H, H] -> [N, 3, side, side], each cut at its own random place."""
     import torch
@@ -636,7 +629,7 @@ def pretrain_tiny_clip(images: list[Image.Image], captions: list[str]):
         for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     )
     torch.manual_seed(0)
-    model = empty_clip()
+    model = open_clip.CLIP(**TOY_CLIP)
     # Guidance assumes a scale of 100, at which real CLIP ends. Learned, it would stay near 20 here,
     # and guidance would be too sure. At 100 cosines differ less, and the decoder learns slower.
     # 50 is a compromise.

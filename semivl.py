@@ -1,22 +1,20 @@
 """SemiVL in one file: semi-supervised semantic segmentation with vision-language guidance.
 Paper: Hoyer, Tan, Naeem, Van Gool, Tombari, "SemiVL", ECCV 2024, arXiv 2311.16241.
 
-A few images have masks, many have none, and CLIP connects words with images. One training step:
+A few images have masks, many have none, and CLIP connects words with images. One training step
+takes a crop x of a labelled image with its mask y, and a crop w of an unlabelled image:
 
-    labelled image, a crop:  unlabelled image, a crop:
-    x and its mask y         weak view w --- two random recolourings -> strong views s1, s2
-          |                   |         |                                      |
-          |             EMA TEACHER and |                      CutMix: a box of another image
-          |              FROZEN CLIP    |                                      |
-       STUDENT             targets   STUDENT, half of the                   STUDENT
-          |                   |      feature channels off (fp)                 |
-        loss x                +----> loss fp                             losses s1, s2
-        with y                |                                                ^
-                              +--- CutMix: the other image's targets in the box +
+    who             reads                                       gives
+    STUDENT         x                                           loss x, with the mask y
+    EMA TEACHER     w                                           pseudo-labels and their confidence
+    FROZEN CLIP     w                                           labels from the words of the classes
+    STUDENT         s1, s2: w recoloured, in it a box of        losses s1, s2, with the labels of w
+                    another image (CutMix)                      and, in the box, of that image
+    STUDENT         w, half of the feature channels off (fp)    loss fp, with the labels of w
 
-Targets are the teacher's pseudo-labels with their confidence, and the labels of frozen CLIP. The
-published method has no EMA teacher: the student makes the pseudo-labels (`--ema 0`). README.md
-lists all differences. Paper: 84.0 mIoU on VOC with 92 masks, 6.1 above the best before it.
+The EMA teacher is our addition: in the published method the student makes the pseudo-labels
+(`--ema 0`). README.md lists all differences. The paper reports 84.0 mIoU on VOC with 92 masks, 6.1
+above the best before it; that run was not repeated by us.
 
     python semivl.py                                      the built-in toy world: minutes on a CPU
     python semivl.py --dataset FOLDER --labels 8          your own images (section 7)
@@ -63,6 +61,8 @@ from tqdm import tqdm
 
 
 # 1. Settings: one flat Config, PRESETS for each data set, and the command line over both ----------
+# Every setting is a field below, and an option of the command line. A preset changes some of the
+# defaults for a data set, and what is typed changes them again. A checkpoint keeps the settings.
 @dataclasses.dataclass
 class Config:
     """The options: `vit_lr` is --vit-lr, `conf_thresh` is --conf. --help shows the comments."""
@@ -77,7 +77,7 @@ class Config:
     workers: int = 4  # processes that load images; 0: the training process itself
     clip: str = "ViT-B-16-quickgelu"  # a plain ViT CLIP of open_clip; toy; or local-dir:FOLDER
     clip_weights: str = "openai"  # a tag of open_clip's pretrained weights, FILE, or none: random
-    authors_clip: bool = False  # the authors' GELU, eps and, without conv_skip, mean and std
+    authors_clip: bool = False  # CLIP as the authors have it: see DenseCLIP
     decoder: Literal["language", "vision"] = "language"  # vision: DeepLabV3+
     decoder_channels: int = 128  # C of the language decoder; all of its widths follow
     decoder_text: Literal["names", "mean"] = "names"  # text of a class: name, or mean of concepts
@@ -93,7 +93,7 @@ class Config:
     steps: int = 0  # optimiser steps; 0: as many as --epochs has
     epochs: int = 80  # passes over the unlabelled images
     batch: int = 8  # labelled images per step, and as many unlabelled ones
-    micro_batch: int = 2  # labelled images per forward; 3 views of as many unlabelled ones
+    micro_batch: int = 2  # labelled images per forward, and 3 views of as many unlabelled ones
     lr: float = 1e-3  # learning rate of the decoder
     vit_lr: float = 1e-6  # learning rate of the ViT, and of the stem of conv_skip
     weight_decay: float = 0.01  # AdamW's, on everything that trains
@@ -318,11 +318,20 @@ def describe_classes(clip, classes: dict[str, list], *, decoder_text="names", de
 # CLIP's image embedding is read from the class token. In the last block, attention takes a weighted
 # mean of all tokens' VALUE vectors for it; a projection and the MLP follow, and the result was
 # aligned with text. MaskCLIP (Zhou et al., ECCV 2022) found that a single patch's own value vector,
-# sent the same way, lies close to the text of what the patch shows. This "value path" replaces
-# attention by the token's own value; the context that this one block would have added is lost.
+# through the same projection and MLP, lies close to the text of what the patch shows. This "value
+# path" replaces attention by the token's own value; the context that this one block would have
+# added is lost.
 # The decoder also needs to know where things end. Two skip maps (shallow: of block 0, deep: of
 # block 4 of 12) tell it: so early, a patch still describes its own pixels. The authors use value
 # paths for these, too, and give no reason; our guess: attention would blur the maps further.
+class LeanQuickGELU(nn.Module):
+    """x sigmoid(1.702 x), as silu(1.702 x) / 1.702: the backward pass keeps one tensor, not two,
+    which saves 8 % of the memory of a VOC step."""
+
+    def forward(self, x):
+        return F.silu(1.702 * x).mul_(1 / 1.702)
+
+
 def value_path(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A block of open_clip's ViT on tokens [B, T, D], each of which attends to itself alone."""
     attn, D = block.attn, x.shape[-1]
@@ -370,8 +379,8 @@ class DenseCLIP(nn.Module):
         for module in visual.modules():
             if authors and isinstance(module, nn.LayerNorm):
                 module.eps = 1e-6
-            if authors and isinstance(getattr(module, "gelu", None), parts.QuickGELU):
-                module.gelu = nn.GELU()
+            if isinstance(getattr(module, "gelu", None), parts.QuickGELU):
+                module.gelu = nn.GELU() if authors else LeanQuickGELU()
         mean = mean or getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
         std = std or getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
@@ -403,7 +412,8 @@ class DenseCLIP(nn.Module):
 
 # 4. Spatial fine-tuning: which weights may learn without making CLIP forget? ----------------------
 # CLIP has learned from whole images, so it is poor at saying where things are. Attention and the
-# position embedding decide that, so they train. MLPs are thought to store knowledge: they stay.
+# position embedding decide that, so they train. MLPs are thought to store knowledge, so they stay
+# as they are, and with them norms, class token, patch convolution and final projection.
 # It buys nothing in the toy's short runs: 66.5 with it, 66.8 if all trains, 66.0 if nothing does.
 def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
     """Sets what trains in the ViT: "spatial" (29.1 of 86.8 million parameters of ViT-B/16 at crop
@@ -652,7 +662,7 @@ class FrozenGuidance(nn.Module):
         return 100 * similarity  # logit scale of OpenAI's CLIP; without it softmax would be flat
 
     def labels(self, images: torch.Tensor) -> torch.Tensor:
-        """Images -> int64 [B, H, W]: class, or IGNORE below conf_thresh (all may be)."""
+        """Images -> int64 [B, H, W]: class, or IGNORE below conf_thresh, perhaps everywhere."""
         confidence, label = self(images).softmax(1).max(1)
         return label.masked_fill(confidence < self.conf_thresh, IGNORE)
 
@@ -687,10 +697,14 @@ class EMATeacher:
 #     FOLDER/splits/val.txt    "IMAGE MASK". Optional: test.txt; 8/labeled.txt, for --labels 8
 # A mask is a PNG whose pixels are class numbers, 0 for the first of "classes", or 255: no label. It
 # is as large as its upright image. An entry is the pair (image, mask or None) of a line.
+#
+# A labelled image gives a crop x of random scale, with its mask y. An unlabelled one gives a crop
+# w, the weak view; s1 and s2 are w recoloured, nothing in them moves. So a label of a pixel in w
+# is also the label of this pixel in s1 and s2, which is what section 8 needs.
 def read_image(file: Path) -> torch.Tensor:
     """Any image file -> uint8 RGB [3, H, W], turned upright as its EXIF orientation says."""
     with blame(file), Image.open(file) as image:
-        require(image.mode[0] not in "IF", f"mode {image.mode}; save it with 8 bits")  # PIL clips
+        require(not image.mode.startswith(("I", "F")), f"mode {image.mode}; save it with 8 bits")
         image.load()  # PIL may report damage only once, and `suppress` would swallow that
         with contextlib.suppress(Exception):  # damaged EXIF data: the image stays as it is stored
             image = ImageOps.exif_transpose(image)
@@ -722,13 +736,15 @@ def read_list(folder: Path, name: str, need_mask: bool) -> list[tuple]:
     entries = []
     file = folder / "splits" / name
     with blame(file):
-        text = file.read_text("utf-8-sig").replace("\\", "/")  # Windows: a mark in front, its paths
+        # Windows writes a byte-order mark in front, and backslashes in paths.
+        text = file.read_text("utf-8-sig").replace("\\", "/")
         for line in text.splitlines():
             words = line.split("\t") if "\t" in line else line.split()
             image, mask, *more = [word.strip() for word in words] + ["", ""]
             if not image and not mask:
                 continue
-            torn = mask and "." not in image and "\t" not in line  # "my photo.png" without mask
+            # No TAB, and the first word has no suffix: it is probably half of a name with a blank.
+            torn = mask and "." not in image and "\t" not in line
             require(
                 image and not any(more) and not torn and (mask or not need_mask),
                 f"{line!r}: should be 'IMAGE MASK', with a TAB behind a name that has blanks",
@@ -835,7 +851,8 @@ def draw_labelled(folder: Folder, count: int, seed: int) -> list[tuple]:
         return read_list(folder.path, f"{count}/labeled.txt", True)
     masks = {image: mask for image, mask in folder.train if mask}  # each image once
     with_mask = [*masks.items()]
-    listed = sorted(int(f.parent.name) for f in folder.path.glob("splits/[0-9]*/labeled.txt"))
+    listed = [file.parent.name for file in folder.path.glob("splits/*/labeled.txt")]
+    listed = sorted(int(name) for name in listed if name.isdecimal())
     told = f"; there are lists for {', '.join(map(str, listed))}" if listed else ""
     require(
         count <= len(with_mask),
@@ -922,8 +939,9 @@ strong_view = v2.Compose(
         v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], 0.5),
     ]
 )
-# To add a view, add an entry; fp and the keys of TrainingSet and log.jsonl are no names for it. Its
-# function moves no pixel and does not write to w.
+# To add a view, add an entry. Its function must not move pixels and not write to w. Its name must
+# not be one that items or the log have already: x, y, w, fp, padding, files, total, kept, step, lr,
+# seconds, val_miou.
 STRONG_VIEWS = {"s1": strong_view, "s2": strong_view}
 
 
@@ -987,7 +1005,9 @@ class TrainingSet(Dataset):
 # another image with its labels, and in w with half of its feature channels off (fp: feature
 # perturbation). The trap is confirmation bias: the student learns wrong labels, and the teacher
 # follows. So unsure labels are dropped, and frozen CLIP, which does not follow, gives labels, too;
-# as their borders are coarse, lambda falls. On the toy world L_s and L_fp cost 2.3 (without: 68.8).
+# as their borders are coarse, lambda falls.
+# On the toy world L_s and L_fp cost 2.3 (68.8 without them, but with G_s and G_fp). The clutter in
+# its scenes teaches that an unknown thing is background, and pseudo-labels repeat it confidently.
 class Targets(NamedTuple):
     """The targets of unlabelled images, per pixel; all [B, H, W]."""
 
@@ -1030,8 +1050,9 @@ def consistency_loss(logits, label, confidence, padding, conf_thresh=0.95, weigh
     require_one_of("weighting", weighting, "pixel", "mean")
     valid = ~padding
     loss = F.cross_entropy(logits, label, reduction="none")  # [B, H, W]
-    weight = (confidence >= conf_thresh).float()  # [B, H, W]
-    if weighting == "mean":
+    if weighting == "pixel":
+        weight = (confidence >= conf_thresh).float()  # [B, H, W]
+    else:
         pixels = valid.sum((1, 2), keepdim=True).clamp(min=1)
         weight = (confidence * valid).sum((1, 2), keepdim=True) / pixels  # [B, 1, 1]
     return torch.where(valid, loss * weight, 0).sum() / valid.sum().clamp(min=1)
@@ -1058,8 +1079,9 @@ def semivl_loss(
     require_one_of("weighting", weighting, "pixel", "mean")
     losses = {"x": supervised_loss(logits["x"], y)}
     L_sum = G_sum = 0.0
+    strong_views = [view for view in targets if view != "fp"]
     for view, t in targets.items():
-        share = 0.5 if view == "fp" else 0.5 / len(targets.keys() - {"fp"})
+        share = 0.5 if view == "fp" else 0.5 / len(strong_views)
         L = consistency_loss(logits[view], t.label, t.confidence, t.padding, conf_thresh, weighting)
         G = guidance_loss(logits[view], t.clip_label)
         losses |= {view: L, f"guidance_{view}": G}
@@ -1073,8 +1095,9 @@ def semivl_loss(
 # that size, and where they overlap, their scores are averaged. mIoU is the mean over classes of
 #     IoU = TP / (TP + FP + FN), counted in pixels over ALL images, not averaged over images.
 def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
-    """Where windows start along a side of `size` pixels. "logits": one per stride, the last one
-    moved back inside. "probabilities" (averaged on Cityscapes): the last ones are cut short."""
+    """Where windows start along a side of `size` pixels. The authors have two protocols. "logits":
+    logits are averaged, and all windows are whole: the last one is moved back inside.
+    "probabilities" (Cityscapes): these are averaged, and a window over the edge is cut short."""
     require_one_of("mode", mode, "logits", "probabilities")
     if mode == "probabilities":
         return list(range(0, size, stride))
@@ -1170,9 +1193,11 @@ def evaluate(model, folder: Folder, entries: list, cfg: Config, device, title="e
 
 # 10. Training -------------------------------------------------------------------------------------
 # `training_step` is the paper's figure as code; `train` is the loop around it. A run is
-# reproducible: item i of the data depends on (seed, i) alone, and so does the feature dropout. So a
-# run that was stopped goes on bit for bit as it would have gone on (on a CPU; CUDA may add in
-# another order). Under torchrun every process runs this file: item i goes to process i % WORLD, DDP
+# reproducible: item i of the data depends on (seed, i) alone, and the feature dropout on the seed,
+# the step and the place in the batch. So a run that was stopped goes on bit for bit as it would
+# have gone on, with the same --micro-batch and processes (on a CPU; CUDA may add in another order).
+#
+# Under torchrun every process runs this file: item i goes to process i % WORLD, DDP
 # averages the gradients, evaluation shares the images, and process 0 alone prints and writes.
 def sum_over_processes(numbers: torch.Tensor) -> torch.Tensor:
     if WORLD > 1:
@@ -1265,10 +1290,12 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
     # The student predicts all views of a micro-batch in one forward; losses; backward.
     losses = {}
     for chunk in chunks:
-        student.require_backward_grad_sync = chunk is chunks[-1]  # DDP: average once per step
+        # DDP averages gradients once per step; a student without DDP does not read this.
+        student.require_backward_grad_sync = chunk is chunks[-1]
         first = step * cfg.batch + RANK * size + chunk.start
         torch.manual_seed(cfg.seed * STREAM + STREAM // 2 + first)  # of feature dropout
-        pixels = torch.cat([view[chunk] for view in images.values()]) / 255  # [views * micro, ...]
+        # x, s1, s2, fp, one after the other: [views * micro, 3, crop, crop]
+        pixels = torch.cat([image[chunk] for image in images.values()]) / 255
         with autocast(cfg, device):
             logits = student(pixels, num_perturbed=micro if targets else 0)  # "fp" comes last
         logits_of = dict(zip(images, logits.split(micro)))
@@ -1285,7 +1312,7 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
         for name, loss in terms.items():
             losses[name] = losses.get(name, 0.0) + loss.detach() / len(chunks)
 
-    if targets:
+    if cfg.unlabelled:
         sure = (own.confidence >= cfg.conf_thresh) & ~own.padding
         losses["kept"] = sure.sum() / (~own.padding).sum().clamp(min=1)
     return losses
@@ -1376,11 +1403,14 @@ class Run:
 
 
 def choose_images(folder: Folder, cfg: Config, saved: dict | None) -> tuple[list, list]:
-    """The labelled and unlabelled entries of a run. Of a run that is resumed, it checks whether the
-    folder is still the same."""
+    """The labelled and unlabelled entries of a run. When a run is resumed, the folder must still
+    have its classes and as many entries in each list."""
     if saved:
-        same = saved["classes"] == folder.classes and saved["lists"] == folder.lengths()
-        require(same, f"{folder.path}: its lists or classes changed since the run started")
+        same_classes = [*saved["classes"].items()] == [*folder.classes.items()]  # and their order
+        require(
+            same_classes and saved["lists"] == folder.lengths(),
+            f"{folder.path}: its lists or classes changed since the run started",
+        )
         labelled = saved["labelled"]
     else:
         labelled = draw_labelled(folder, cfg.labels, cfg.seed)
@@ -1432,10 +1462,10 @@ def train(cfg: Config, saved: dict | None = None) -> None:
     ema = EMATeacher(student, cfg.ema)
     optimizer = make_optimizer(student, cfg)
     parallel = distribute(student)
-    compared = {"CLIP by names": names_only}
+    baselines = {"CLIP by names": names_only}
     if cfg.definitions and any(concepts != [name] for name, concepts in folder.classes.items()):
-        compared["CLIP by definitions"] = guidance
-    title = "SemiVL" if cfg.unlabelled else "labels only"
+        baselines["CLIP by definitions"] = guidance
+    compared = baselines | {"SemiVL" if cfg.unlabelled else "labels only": ema.model}
 
     # The run's folder.
     path = Path(cfg.out)
@@ -1459,7 +1489,7 @@ def train(cfg: Config, saved: dict | None = None) -> None:
         f"{len(folder.test)} test images; {cfg.steps} steps on {device}; writes to {path}"
     )
     if run.step == 0:
-        for name, model in compared.items():
+        for name, model in baselines.items():
             miou = evaluate(model, folder, folder.val[:100], cfg, device).nanmean()
             say(f"frozen {name}: mIoU {miou:.1f} ({len(folder.val[:100])} validation images)")
     if run.step >= cfg.steps:
@@ -1472,7 +1502,6 @@ def train(cfg: Config, saved: dict | None = None) -> None:
         sampler=range(run.step * cfg.batch + RANK, cfg.steps * cfg.batch, WORLD),
         pin_memory=device.type == "cuda",
     )
-    compared[title] = ema.model
     clock = time.perf_counter()
     for batch in progress(loader, "train", total=cfg.steps, initial=run.step):
         files = batch.pop("files")
@@ -1552,6 +1581,11 @@ def report(models: dict, folder: Folder, cfg: Config, device, out=None, scores=N
 
 
 # 11. Weights: CLIP's, the authors', our checkpoints -----------------------------------------------
+# Three kinds of files hold weights: CLIP's, which open_clip fetches or reads; the authors' trained
+# models, whose tensors have other names; and last.pt or best.pt of a run of ours, which also hold
+# the settings and class names, so that nothing needs to be typed again. A file can hold code, which
+# unpickling would run: every one is read with weights_only, and every tensor has to fit.
+
 # For the stem of conv_skip. With `authors_clip` and no conv_skip also for CLIP, as the authors do.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -1705,6 +1739,8 @@ def load_checkpoint(file: str, **changes) -> tuple[SemiVL, Config, dict]:
 
 
 # 12. Pictures: masks in colours, the sheet of a run -----------------------------------------------
+# Numbers hide mistakes that one picture shows: a mask that is not upright, a class that is never
+# predicted, a threshold that no pixel reaches. So a run draws sheet.png at each evaluation.
 def colour_mask(mask: torch.Tensor, classes) -> Image.Image:
     """Class numbers [H, W] -> palette image whose values are still the class numbers."""
     palette = [255] * 768  # three numbers each; IGNORE is white
@@ -1722,7 +1758,7 @@ def save_sheet(file: Path, folder: Folder, models: dict, cfg: Config, device) ->
     """Up to four validation images, a row each: image, truth, what each model (title -> images to
     logits) predicts, and the last model's pseudo-labels, white below the threshold."""
     side, space = 192, 6
-    titles = ["image", "truth", *models, "its sure pixels"]
+    titles = ["image", "truth", *models, "pseudo-labels"]
     entries = folder.val[:: math.ceil(len(folder.val) / 4)]
     top = (side + space) * len(entries) + 24  # of the legend
     columns = len(titles) * (side + space) // 140
@@ -1752,6 +1788,8 @@ def save_sheet(file: Path, folder: Folder, models: dict, cfg: Config, device) ->
 
 
 # 13. Command line ---------------------------------------------------------------------------------
+# Four things can be done: train (the default), --resume a run, --eval and --predict with a
+# checkpoint. A user's mistake ends in one line and exit code 2; a bug keeps its traceback.
 def image_files(names: list[str]) -> list[Path]:
     """The files that are named, and the images in folders that are named."""
     files = []
@@ -1880,15 +1918,19 @@ def main(argv=None) -> int:
         run_command(argv)
         return 0
     except KeyboardInterrupt:
-        print("semivl.py: interrupted; --resume RUN goes on from last.pt", file=sys.stderr)
+        print(
+            "semivl.py: interrupted; a run goes on from its last.pt by --resume RUN",
+            file=sys.stderr,
+        )
         return 130
-    except (UserError, OSError) as error:  # a loader process puts its traceback in front
+    except (UserError, OSError) as error:
+        # An error in a loader process comes with its traceback in front; the last line counts.
         message = str(error).rpartition("UserError: ")[2].strip()
     except (RuntimeError, MemoryError) as error:
         message = str(error)
         if "DataLoader worker (pid" in message or "shared memory" in message:
             message = f"{message.splitlines()[-1]} (--workers 0 needs no other processes)"
-        elif isinstance(error, MemoryError) or "memory" in message.lower():
+        elif isinstance(error, MemoryError) or re.search("out of|allocate memory", message):
             message = MEMORY
         else:  # a bug keeps its traceback
             raise

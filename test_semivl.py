@@ -46,7 +46,7 @@ from semivl import IGNORE, Config, Targets
 def tiny_model(classes=3, decoder="language", channels=128):
     """A student around a random tiny CLIP."""
     torch.manual_seed(0)
-    text, clip = F.normalize(torch.randn(classes, 64), dim=1), data_prep.empty_clip()
+    text, clip = F.normalize(torch.randn(classes, 64), dim=1), open_clip.CLIP(**data_prep.TOY_CLIP)
     cfg = Config(crop=64, decoder=decoder, decoder_channels=channels)
     return semivl.build_model(cfg, clip.visual, text)
 
@@ -433,7 +433,7 @@ def test_lists_of_ade20k_are_the_published_ones():
 
 
 def test_every_parameter_that_trains_has_the_rate_of_its_group():
-    visual = data_prep.empty_clip().visual
+    visual = open_clip.CLIP(**data_prep.TOY_CLIP).visual
     cfg = Config(crop=64, conv_skip=True, lr=1e-3, vit_lr=1e-6)
     student = semivl.build_model(cfg, visual, torch.randn(3, 64))
     decoder, vit = semivl.make_optimizer(student, cfg).param_groups
@@ -463,7 +463,7 @@ def test_spatial_fine_tuning_trains_attention_and_position_only(authors):
 
 
 def test_what_would_be_computed_wrongly_is_refused():
-    visual = data_prep.empty_clip().visual
+    visual = open_clip.CLIP(**data_prep.TOY_CLIP).visual
     semivl.DenseCLIP(visual, (5, 5))
     scaled = open_clip.transformer.VisionTransformer(
         32, 8, 32, 2, 2, 4, output_dim=8, block_type="custom", scale_attn_inner=True
@@ -507,7 +507,10 @@ def test_segment_works_in_eval_mode_and_puts_back_the_modes():
 
 
 def test_definitions_average_for_the_decoder_and_stand_apart_for_guidance():
-    clip, classes = data_prep.empty_clip(), {"ground": ["grass", "sand"], "car": ["car"]}
+    clip, classes = (
+        open_clip.CLIP(**data_prep.TOY_CLIP),
+        {"ground": ["grass", "sand"], "car": ["car"]},
+    )
     text, _, concepts, sizes = semivl.describe_classes(clip, classes, decoder_text="mean")
     raw = semivl.encode_text(clip, ["grass", "sand"])
     torch.testing.assert_close(text[0], F.normalize(raw.mean(0), dim=0))
@@ -518,7 +521,7 @@ def test_definitions_average_for_the_decoder_and_stand_apart_for_guidance():
 
 
 def test_text_is_the_published_prompt():
-    clip = data_prep.empty_clip().eval()
+    clip = open_clip.CLIP(**data_prep.TOY_CLIP).eval()
     tokens = open_clip.tokenize("a photo of a potted plant", clip.context_length)
     embedding = semivl.encode_text(clip, ["potted plant"])
     assert torch.equal(embedding, clip.encode_text(tokens).float())
@@ -1324,7 +1327,10 @@ def test_an_interrupted_run_goes_on_from_its_last_save(whole, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(semivl.EMATeacher, "update", interrupted)
         assert run(whole.parent / "images", stopped := tmp_path / "stopped", *LONG) == 130
-    assert capsys.readouterr().err == "semivl.py: interrupted; --resume RUN goes on from last.pt\n"
+    assert (
+        capsys.readouterr().err
+        == "semivl.py: interrupted; a run goes on from its last.pt by --resume RUN\n"
+    )
     assert semivl.load_file(stopped / "last.pt")["step"] < 5
     assert_resumes_to(whole, stopped)
 
@@ -1459,7 +1465,10 @@ def test_semivl_alone_in_an_empty_folder_trains_resumes_evaluates_and_predicts(t
     shutil.copy(semivl.__file__, alone)
     config = dict(model_cfg=data_prep.TOY_CLIP, preprocess_cfg={})
     save(alone / "clip", {"open_clip_config.json": json.dumps(config).encode()})
-    torch.save(data_prep.empty_clip().state_dict(), alone / "clip/open_clip_pytorch_model.bin")
+    torch.save(
+        open_clip.CLIP(**data_prep.TOY_CLIP).state_dict(),
+        alone / "clip/open_clip_pytorch_model.bin",
+    )
     for command in (
         "--dataset pictures --labels 2 --clip local-dir:clip --crop 32 --stride 32 --steps 2 "
         "--batch 2 --workers 0",
@@ -1627,7 +1636,7 @@ def cut_out(name: str):
 
 def test_each_piece_works_when_it_is_cut_out():
     images, text = torch.rand(2, 3, 32, 48), random_normal(2, (5, 64))
-    clip = cut_out("DenseCLIP")(data_prep.empty_clip().visual)
+    clip = cut_out("DenseCLIP")(open_clip.CLIP(**data_prep.TOY_CLIP).visual)
     assert cut_out("LanguageGuidedDecoder")(64, 96, 96)(*clip(images), text).shape == (2, 5, 16, 24)
     assert cut_out("FrozenGuidance")(clip, text, [2, 3])(images).shape == (2, 2, 32, 48)
     teacher = cut_out("EMATeacher")(clip, decay=0.9)
