@@ -454,9 +454,14 @@ def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         return torch.einsum("behw,ne->bnhw", dense, text)
 
 
-def conv_norm_relu(c_in, c_out, kernel, dilation=1, norm=None) -> nn.Sequential:
-    """Convolution that keeps the size, norm, ReLU. Default: GroupNorm of ~16 channels a group."""
-    norm = norm(c_out) if norm else nn.GroupNorm(math.gcd(max(1, c_out // 16), c_out), c_out)
+def conv_norm_relu(c_in, c_out, kernel, dilation=1, make_norm=None) -> nn.Sequential:
+    """Convolution that keeps the size, norm, ReLU. make_norm: channels -> norm, by default
+    GroupNorm of about 16 channels a group."""
+    if make_norm:
+        norm = make_norm(c_out)
+    else:
+        groups = math.gcd(max(1, c_out // 16), c_out)  # it has to divide c_out
+        norm = nn.GroupNorm(groups, c_out)
     padding = dilation * (kernel // 2)
     conv = nn.Conv2d(c_in, c_out, kernel, padding=padding, dilation=dilation, bias=False)
     # ReLU may work in place: the backward pass of a norm needs its input, not its output.
@@ -467,14 +472,14 @@ class ASPP(nn.Module):
     """Atrous spatial pyramid pooling (DeepLab): one map seen at five fields of view, a branch of
     `width` channels each. [., c_in, gh, gw] -> [., c_out, gh, gw]."""
 
-    def __init__(self, c_in: int, width: int, c_out: int, norm=None):
+    def __init__(self, c_in: int, width: int, c_out: int, make_norm=None):
         super().__init__()
         self.branches = nn.ModuleList(
-            [conv_norm_relu(c_in, width, 1, norm=norm)]
-            + [conv_norm_relu(c_in, width, 3, dilation, norm) for dilation in (6, 12, 18)]
+            [conv_norm_relu(c_in, width, 1, 1, make_norm)]
+            + [conv_norm_relu(c_in, width, 3, dilation, make_norm) for dilation in (6, 12, 18)]
         )
-        self.pooled = conv_norm_relu(c_in, width, 1, norm=norm)
-        self.project = conv_norm_relu(5 * width, c_out, 1, norm=norm)
+        self.pooled = conv_norm_relu(c_in, width, 1, 1, make_norm)
+        self.project = conv_norm_relu(5 * width, c_out, 1, 1, make_norm)
 
     def forward(self, x):
         views = [branch(x) for branch in self.branches]  # [., width, gh, gw] each
@@ -505,12 +510,15 @@ class SemanticReasoning(nn.Module):
         # Attention across classes needs no fine grid: it runs on means of 4 x 4 patches, ph x pw of
         # them (gh // 4 by gw // 4, at least 1). Patches left over are not read.
         pooled = F.avg_pool2d(x.flatten(0, 1), (min(4, gh), min(4, gw)))  # [B*N, C, ph, pw]
-        tokens = pooled.unflatten(0, (B, N)).permute(0, 3, 4, 1, 2).flatten(0, 2)  # [B*ph*pw, N, C]
-        text = text.expand(len(tokens), -1, -1)  # [B*ph*pw, N, C]
+        ph, pw = pooled.shape[2:]
+        by_place = pooled.unflatten(0, (B, N)).permute(0, 3, 4, 1, 2)  # [B, ph, pw, N, C]
+        maps = by_place.flatten(0, 2)  # [B*ph*pw, N, C]: N tokens at each place
+        words = text.expand(len(maps), -1, -1)  # [B*ph*pw, N, C]
         # The layer reads 2C channels, map and text; of what it returns the map's half is kept.
-        tokens = self.layer(torch.cat([tokens, text], dim=2))[..., :C]  # [B*ph*pw, N, C]
-        pooled = tokens.unflatten(0, (B, *pooled.shape[2:])).permute(0, 3, 4, 1, 2)  # [B,N,C,ph,pw]
-        refined = F.interpolate(pooled.flatten(0, 1), (gh, gw), mode="bilinear", align_corners=True)
+        attended = self.layer(torch.cat([maps, words], dim=2))[..., :C]  # [B*ph*pw, N, C]
+        by_class = attended.unflatten(0, (B, ph, pw)).permute(0, 3, 4, 1, 2)  # [B, N, C, ph, pw]
+        coarse = by_class.flatten(0, 1)  # [B*N, C, ph, pw]
+        refined = F.interpolate(coarse, (gh, gw), mode="bilinear", align_corners=True)
         return x + refined.unflatten(0, (B, N))  # second residual: the layer has its own
 
 
@@ -524,16 +532,17 @@ class UpStage(nn.Module):
         self.conv = nn.Sequential(*conv_norm_relu(c_in, c_out, 3), *conv_norm_relu(c_out, c_out, 3))
 
     def forward(self, x, skip):
-        x = self.up(x)  # [B*N, c_in - c_skip, 2a, 2b]
-        skip = F.interpolate(skip, x.shape[2:], mode="bilinear", align_corners=True)  # 2a x 2b
-        # conv(cat(x, skip)) is the sum of the convolutions of both. So the skip, which all classes
-        # share, is convolved once, not N times.
-        conv, norm, relu = self.conv[:3]  # the first of two; self.conv[3:] is the second
-        weight_x, weight_skip = conv.weight.split([x.shape[1], skip.shape[1]], dim=1)
-        x = F.conv2d(x, weight_x, padding=1)  # [B*N, c_out, 2a, 2b]
+        up = self.up(x)  # [B*N, c_in - c_skip, 2a, 2b]
+        skip = F.interpolate(skip, up.shape[2:], mode="bilinear", align_corners=True)  # 2a x 2b
+        # This is self.conv(torch.cat([up, skip of the image], dim=1)). A convolution of joined maps
+        # is the sum of their convolutions, so the skip is convolved once, and not for each class.
+        conv1, norm1, relu1 = self.conv[:3]
+        weight_up, weight_skip = conv1.weight.split([up.shape[1], skip.shape[1]], dim=1)
+        up = F.conv2d(up, weight_up, padding=1)  # [B*N, c_out, 2a, 2b]
         skip = F.conv2d(skip, weight_skip, padding=1)  # [B, c_out, 2a, 2b]
-        joined = x.unflatten(0, (len(skip), -1)) + skip.unsqueeze(1)  # [B, N, c_out, 2a, 2b]
-        return self.conv[3:](relu(norm(joined.flatten(0, 1))))
+        joined = up.unflatten(0, (len(skip), -1)) + skip.unsqueeze(1)  # [B, N, c_out, 2a, 2b]
+        features = relu1(norm1(joined.flatten(0, 1)))  # [B*N, c_out, 2a, 2b]
+        return self.conv[3:](features)  # the second convolution
 
 
 class LanguageGuidedDecoder(nn.Module):
@@ -600,7 +609,7 @@ class VisionDecoder(nn.Module):
 
     def __init__(self, embed_dim: int, skip_dim: int, num_classes: int, width: int = 64):
         super().__init__()
-        layer = partial(conv_norm_relu, norm=nn.BatchNorm2d)
+        layer = partial(conv_norm_relu, make_norm=nn.BatchNorm2d)
         self.aspp = ASPP(embed_dim, width, width, nn.BatchNorm2d)
         self.skip_proj = layer(skip_dim, 48, 1)
         self.fuse = nn.Sequential(layer(48 + width, 256, 3), layer(256, 256, 3))
@@ -958,7 +967,14 @@ def cutmix_box(size: int) -> torch.Tensor:
             return torch.tensor([top, left, top + height, left + width])
 
 
-STREAM = 10**9  # torch's seed for item i: seed * STREAM + i; for dropout + STREAM // 2; fits int64
+def item_seed(seed: int, i: int) -> int:
+    """What torch is seeded with before item i of a run with --seed."""
+    return seed * 10**9 + i
+
+
+def dropout_seed(seed: int, i: int) -> int:
+    """The same before the feature dropout of a micro-batch that begins with item i."""
+    return item_seed(seed, i) + 10**9 // 2
 
 
 class TrainingSet(Dataset):
@@ -979,7 +995,7 @@ class TrainingSet(Dataset):
     def __getitem__(self, i: int) -> dict:
         folder, cfg = self.folder, self.cfg
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(cfg.seed * STREAM + i)
+            torch.manual_seed(item_seed(cfg.seed, i))
             entry = self.pick(self.labelled, i)
             x, y = scale_crop_flip(*folder.pair(entry), cfg)
             item = dict(x=x, y=y, files=entry[0])
@@ -1293,12 +1309,12 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
         # DDP averages gradients once per step; a student without DDP does not read this.
         student.require_backward_grad_sync = chunk is chunks[-1]
         first = step * cfg.batch + RANK * size + chunk.start
-        torch.manual_seed(cfg.seed * STREAM + STREAM // 2 + first)  # of feature dropout
+        torch.manual_seed(dropout_seed(cfg.seed, first))
         # x, s1, s2, fp, one after the other: [views * micro, 3, crop, crop]
         pixels = torch.cat([image[chunk] for image in images.values()]) / 255
         with autocast(cfg, device):
             logits = student(pixels, num_perturbed=micro if targets else 0)  # "fp" comes last
-        logits_of = dict(zip(images, logits.split(micro)))
+        logits_of = dict(zip(images, logits.split(micro)))  # view -> [micro, N, crop, crop]
         targets_of = {view: Targets(*[field[chunk] for field in targets[view]]) for view in targets}
         terms = semivl_loss(
             logits_of,
