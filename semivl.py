@@ -23,8 +23,10 @@ above the best before it; that run was not repeated by us.
     python semivl.py --eval runs/voc-92/last.pt           IoU per class
     python semivl.py --predict runs/voc-92/last.pt a.jpg  mask and overlay of any image
 
-Sections 2 to 6 are the networks, 7 data, 8 losses, 9 evaluation, 10 training. Sections 2, 4, 5,
-6 and 8 say what their idea buys: test mIoU on the toy world with 8 masks, mean of 5 seeds.
+The method is in sections 2 to 6 (networks), 8 (losses) and in `training_step` of section 10; all
+else makes a program of it: data, evaluation, runs, files, command line. Sections 2, 4, 5, 6 and 8
+say what their idea buys: test mIoU on the toy world with 8 masks, mean of 5 seeds.
+
 Letters for shapes, in every comment: B images, N classes, K concepts, H x W image, P patch side,
 gh x gw patches (H/P, W/P rounded up), T = 1 + gh*gw tokens, D width of the ViT, E width of CLIP's
 joint space of images and text, C channels of one class's map (128). In prose x is the labelled
@@ -989,7 +991,8 @@ class TrainingSet(Dataset):
     def pick(self, entries: list, i: int) -> tuple:
         """Entry i of a list that is repeated without end and shuffled anew each time."""
         epoch, place = divmod(i, len(entries))
-        rng = np.random.default_rng((self.cfg.seed, entries is self.labelled, epoch))
+        of_labelled = entries is self.labelled  # its order is another one
+        rng = np.random.default_rng((self.cfg.seed, of_labelled, epoch))
         return entries[rng.permutation(len(entries))[place]]
 
     def __getitem__(self, i: int) -> dict:
@@ -1141,30 +1144,17 @@ def sliding_window(model, images, window: int, stride: int, mode: str = "logits"
     return total / count
 
 
-@contextlib.contextmanager
-def eval_mode(model):
-    """Puts a model into eval mode, and afterwards each of its modules into the mode it had."""
-    modules = [*model.modules()] if isinstance(model, nn.Module) else []  # else a function
-    modes = [module.training for module in modules]
-    try:
-        for module in modules:
-            module.training = False
-        yield
-    finally:
-        for module, mode in zip(modules, modes):
-            module.training = mode
-
-
 def window_scores(model, image: torch.Tensor, cfg: Config, device: torch.device) -> torch.Tensor:
-    """The authors' test protocol: uint8 image [3, H, W] -> what `sliding_window` averages, [1, N,
-    h, w]. With `fit` the short side h or w is the window's, else the image keeps its size."""
+    """The authors' test protocol: uint8 image [3, H, W] -> what `sliding_window` averages, [1, N, h,
+    w]. With `fit` the short side h or w is the window's, else the image keeps its size. The model
+    has to be in eval mode, as are the EMA teacher and what `load_checkpoint` returns."""
     H, W = image.shape[1:]
     if cfg.fit:  # the short side becomes as long as the window (less, if the image is a thin strip)
         scale = min(cfg.crop / min(H, W), 8 * cfg.crop / max(H, W))
         image = VF.resize(image, scaled_size(H, W, scale), antialias=True)
     images = image[None].to(device) / 255  # [1, 3, h, w]
     stride = cfg.stride or 5 * cfg.crop // 6
-    with autocast(cfg, device), eval_mode(model):
+    with autocast(cfg, device):
         return sliding_window(model, images, cfg.crop, stride, cfg.window_mode)
 
 

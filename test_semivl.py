@@ -493,19 +493,6 @@ def test_a_misspelt_mode_is_refused(name):
         Config(**{name: "Mean"})
 
 
-def test_segment_works_in_eval_mode_and_puts_back_the_modes():
-    model, seen = tiny_model(decoder="vision").train(), []
-    model.clip.eval()
-    modes = [module.training for module in model.modules()]
-    model.register_forward_pre_hook(
-        lambda *_: seen.append(any(module.training for module in model.modules()))
-    )
-    image = torch.zeros(3, 40, 40, dtype=torch.uint8)
-    semivl.segment(model, image, Config(crop=32), torch.device("cpu"))
-    assert seen and not any(seen)
-    assert [module.training for module in model.modules()] == modes
-
-
 def test_definitions_average_for_the_decoder_and_stand_apart_for_guidance():
     clip, classes = (
         open_clip.CLIP(**data_prep.TOY_CLIP),
