@@ -746,13 +746,14 @@ def class_list(names: dict, source: str) -> list[str]:
 
 def find_files(folder: Path) -> list[Path]:
     """All files below a folder, also of linked folders. Left out are hidden ones, instance masks,
-    and what this project wrote: runs, data folders, overlays."""
+    masks painted over images, and what this project wrote: runs, data folders, overlays."""
     require(folder.is_dir(), f"{folder}: there is no such folder")
     found, seen = [], set()
     for path, folders, names in os.walk(folder, followlinks=True):
         here, real = Path(path), os.path.realpath(path)
         ours = "log.jsonl" in names or ("dataset.json" in names and "splits" in folders)
-        if real in seen or (here != folder and (ours or here.name == "SegmentationObject")):
+        drawn = re.search("SegmentationObject|Visualization", here.name)  # beside labelme's masks
+        if real in seen or (here != folder and (ours or drawn)):
             folders.clear()  # os.walk will not enter them
             continue
         seen.add(real)
@@ -798,6 +799,8 @@ def find_pictures(images: list[Path], masks: list[Path]) -> tuple[dict, dict]:
             f"{where}: no {kind} there" + (told and f", but {told}, which are no pictures") + ". "
             f"Images are needed, and masks for some (polygons must be drawn first); {RULE}",
         )
+    texts = ".txt .csv .json .xml .yaml .npy .md".split()  # nobody takes them for photographs
+    told = ", ".join(f"{n} {suffix}" for suffix, n in (+left_out).items() if suffix not in texts)
     if told:
         print(f"note: left out are {told}; photographs of these kinds can be saved as JPEG")
     return found
@@ -891,9 +894,10 @@ def convert_masks(place_of: dict[Path, Path], names: dict, source: str) -> None:
 
     found = dict(zip(place_of, in_threads(count, [*place_of], "read masks")))
     seen = set().union(*found.values())
+    in_order = sorted(seen, key=lambda value: (isinstance(value, tuple), value))
     require(
         names,
-        f"masks hold {sorted(seen, key=str)[:30]}: name 0, 1, 2 ... by --classes a,b,c, other "
+        f"masks hold {in_order[:30]}: name 0, 1, 2 ... by --classes a,b,c, other "
         "values by --labelmap FILE with lines VALUE, NAME, colours with lines NAME:R,G,B",
     )
     classes = class_list(names, source)
@@ -1002,7 +1006,8 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
         ours = path in masks + images or not path.exists()
         require(ours, f"{path} is there already; move it, or take another FOLDER")
     if not (classes or labelmap):  # an export brings it with it
-        places = [place for root in images for place in (root, *sorted(root.glob("*/")))]
+        roots = dict.fromkeys(images + masks)
+        places = [place for root in roots for place in (root, *sorted(root.glob("*/")))]
         brought = [place / name for place in places for name in LABELMAPS]
         labelmap = next(filter(Path.is_file, brought), None)
     names = read_labelmap(Path(labelmap)) if labelmap else dict(enumerate(classes or ()))
@@ -1010,7 +1015,10 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
     classes = class_list(names, source) if names or labelmap else []
 
     pairs = pair_pictures(images, masks)
-    listed = [file for root in images for file in root.glob("ImageSets/Segmentation/val.txt")]
+    roots = dict.fromkeys(images + masks)
+    listed = [file for root in roots for file in root.glob("ImageSets/Segmentation/val.txt")]
+    if listed:
+        print(f"note: {listed[0]} says which images validate")
     in_val = {name.lower() for file in listed for name in file.read_text("utf-8").split()}
     lists = divide(pairs, in_val, val, seed)
     place_of = {mask: f"{key}.png" for key, (_, mask) in pairs.items() if mask}
@@ -1121,18 +1129,22 @@ def check(classes: list[str], lists: dict[str, list]) -> None:
         for image, _ in pairs:
             parts = lists_of.setdefault(os.path.realpath(image), {})
             parts["train" if "/" in name else name] = True
-    print(f"{'pixels (masks)':22}" + "".join(f"{name:>22}" for name in shown))
+    heads = [f"{name}: {len(lists[name])} images" for name in shown]
+    print(f"{'pixels (masks)':22}" + "".join(f"{head:>26}" for head in heads))
     for number, title in [*enumerate(classes), (IGNORE, "no label")]:
         columns = [rows[:, number] for rows in shown.values()]
         cells = [f"{column.sum():,} ({np.count_nonzero(column)})" for column in columns]
-        print(f"{title:22}" + "".join(f"{cell:>22}" for cell in cells))
+        print(f"{title:22}" + "".join(f"{cell:>26}" for cell in cells))
     for name, rows in shown.items():
         absent = [title for number, title in enumerate(classes) if not rows[:, number].any()]
         if absent:
             print(f"note: no mask of {name} shows {', '.join(absent)}")
         require(name != "train" or len(absent) + 1 < len(classes), "train shows one class only")
     if turned:
-        print(f"note: EXIF orientation turns {len(turned)} images; are their masks upright?")
+        told = (
+            f"note: EXIF orientation turns {len(turned)} images; are their masks upright? Such as"
+        )
+        print(f"{told} {turned[0]}")
     double = [image for image, parts in lists_of.items() if len(parts) > 1]
     if double:
         parts = " and ".join(lists_of[double[0]])

@@ -1145,9 +1145,9 @@ def sliding_window(model, images, window: int, stride: int, mode: str = "logits"
 
 
 def window_scores(model, image: torch.Tensor, cfg: Config, device: torch.device) -> torch.Tensor:
-    """The authors' test protocol: uint8 image [3, H, W] -> what `sliding_window` averages, [1, N, h,
-    w]. With `fit` the short side h or w is the window's, else the image keeps its size. The model
-    has to be in eval mode, as are the EMA teacher and what `load_checkpoint` returns."""
+    """The authors' test protocol: uint8 image [3, H, W] -> what `sliding_window` averages, [1, N,
+    h, w]. With `fit` the short side h or w is the window's, else the image keeps its size. The
+    model has to be in eval mode, as are the EMA teacher and what `load_checkpoint` returns."""
     H, W = image.shape[1:]
     if cfg.fit:  # the short side becomes as long as the window (less, if the image is a thin strip)
         scale = min(cfg.crop / min(H, W), 8 * cfg.crop / max(H, W))

@@ -1937,11 +1937,12 @@ def test_an_export_is_taken_as_it_is(export, folder, tmp_path, capsys):
         mask = np.array(Image.open(folder / f"masks/{i}.png"))
         if export == "cvat":
             places = ["JPEGImages/{}.jpg", "SegmentationClass/{}.png", "SegmentationObject/{}.png"]
+            places.append("SegmentationClassVisualization/{}.jpg")
             mask = np.uint8(palette)[mask]
         else:
             part = "valid" if i < 2 else "train"
             places = [part + "/{}_jpg.rf.a.jpg", part + "/{}_jpg.rf.a_mask.png"]
-        for place, picture in zip(places, [image, *[Image.fromarray(mask)] * 2]):
+        for place, picture in zip(places, [image, *[Image.fromarray(mask)] * 2, image]):
             file = home / place.format(i)
             file.parent.mkdir(parents=True, exist_ok=True)
             picture.save(file)
@@ -2002,7 +2003,7 @@ def test_a_folder_is_checked_and_its_problems_are_listed(folder, capsys):
     assert data_prep.main([str(folder)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[1].split() == ["background", "0", "(0)", "4,096", "(1)", "0", "(0)"]
-    assert "note: EXIF orientation turns 6 images; are their masks upright?" in said
+    assert any("EXIF orientation turns 6 images; are their masks upright?" in line for line in said)
     assert said[-1] == f"note: 1 images are in train and val, such as {folder}/images/1.png"
 
 
