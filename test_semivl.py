@@ -1308,7 +1308,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(workers, whole, tmp_path):
 def test_an_interrupted_run_goes_on_from_its_last_save(whole, tmp_path, monkeypatch, capsys):
     def interrupted(self, student, step, update=semivl.EMATeacher.update):
         if step == 4:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         update(self, student, step)
 
     with monkeypatch.context() as patch:
