@@ -973,7 +973,7 @@ def write_folder(home, content: dict, lists: dict, place_of: dict, names: dict, 
     target = home / ("masks-numbers" if (home / "masks").exists() else "masks")
     with tempfile.TemporaryDirectory(prefix=".making-", dir=place) as temporary:
         new = Path(temporary)
-        new_place = {mask: new / "masks" / place for mask, place in place_of.items()}
+        new_place = {mask: new / "masks" / name for mask, name in place_of.items()}
         convert_masks(new_place, names, source)
         pairs_of = {
             name: [(image, new_place.get(mask)) for image, mask in pairs]
@@ -1005,8 +1005,8 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
     for path in (home / "splits", home / "dataset.json", home / "masks"):
         ours = path in masks + images or not path.exists()
         require(ours, f"{path} is there already; move it, or take another FOLDER")
+    roots = dict.fromkeys(images + masks)
     if not (classes or labelmap):  # an export brings it with it
-        roots = dict.fromkeys(images + masks)
         places = [place for root in roots for place in (root, *sorted(root.glob("*/")))]
         brought = [place / name for place in places for name in LABELMAPS]
         labelmap = next(filter(Path.is_file, brought), None)
@@ -1015,7 +1015,6 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
     classes = class_list(names, source) if names or labelmap else []
 
     pairs = pair_pictures(images, masks)
-    roots = dict.fromkeys(images + masks)
     listed = [file for root in roots for file in root.glob("ImageSets/Segmentation/val.txt")]
     if listed:
         print(f"note: {listed[0]} says which images validate")
@@ -1036,7 +1035,10 @@ def convert_old(home: Path) -> None:
     """Turns a folder whose dataset.json has "colors" or another "ignore_index" into a canonical
     one. Its masks stay; its lists and dataset.json are set aside."""
     content = read_json(home)
-    classes, colors = content.pop("classes"), content.pop("colors", {})
+    old = "colors" in content or "ignore_index" in content
+    require(old, f"{home}: its masks are class numbers already; there is nothing to convert")
+    classes = content.pop("classes")
+    colors = content.pop("colors", {})
     ignore = content.pop("ignore_index", -1 if colors else IGNORE)
     values = [*(colors.get(name, number) for number, name in enumerate(classes)), ignore]
     values = [tuple(value) if isinstance(value, list) else value for value in values]

@@ -2021,9 +2021,11 @@ def test_a_folder_of_an_older_version_is_converted_in_place(kind, folder, capsys
     content = json.loads((folder / "dataset.json").read_text())
     old = content | {"colors": dict(zip(CLASSES, values)), "ignore_index": values[6]}
     save(folder, {"dataset.json": json.dumps(old).encode()})
-    for command in ([], ["--convert"], []):
-        code = data_prep.main([str(folder), *command])
-    assert code == 0 and "--convert" in capsys.readouterr().err
+    codes = [
+        data_prep.main([str(folder), *more]) for more in ([], ["--convert"], [], ["--convert"])
+    ]
+    said = capsys.readouterr().err
+    assert codes == [2, 0, 0, 2] and "--convert" in said and "nothing to convert" in said
     data = semivl.open_data(Config(dataset=str(folder)))
     assert json.loads((folder / "dataset.json").read_text()) == content
     entries = data.train + data.val
