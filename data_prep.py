@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
 
 # torch, torchvision and open_clip take seconds to import, and a folder of your own pictures needs
@@ -205,18 +205,12 @@ def fetch(archive: Archive, folder: Path, downloads: Path, source: str | None) -
     from torchvision.datasets.utils import download_url
 
     own = is_in(source, archive)
-    require(
-        own or archive.host,
-        f"{archive.name} needs a login; get the archives from https://www.cityscapes-dataset.com, "
-        "then run python data_prep.py cityscapes --source FOLDER",
-    )
+    told = f"{archive.name} is behind the login of cityscapes-dataset.com; give --source FOLDER"
+    require(own or archive.host, told)
     place = Path(source) if own else downloads
     md5 = None if own else archive.md5  # the user may have packed it anew
     print(f"{archive.size:5.1f} GB  {place / archive.name}", flush=True)
-    with blame(
-        f"{place / archive.name} cannot be had or is damaged; remove it and start again, "
-        "or put one from elsewhere into a FOLDER and run python data_prep.py NAME --source FOLDER"
-    ):
+    with blame(f"{place / archive.name} is damaged or cannot be had; put it into --source FOLDER"):
         url = f"{archive.host}{archive.name}"
         download_url(url, str(place), archive.name, md5)
         # "data" refuses paths and links that lead out of the folder; for zip this is always so.
@@ -276,11 +270,8 @@ def settle(name: str, folder: Path) -> None:
     for file in ("train.txt", *LISTS[name]):
         found = len((folder / "splits" / file).read_text(encoding="utf-8").splitlines())
         count = counts.get(file) or int(Path(file).parent.name)
-        require(
-            found == count,
-            f"{name}: splits/{file} has {found} images instead of {count}; the archives or the "
-            "lists are of another version",
-        )
+        told = f"{name}: splits/{file} has {found} images instead of {count}: another version"
+        require(found == count, told)
     check_folder(folder)
 
 
@@ -313,37 +304,29 @@ def prepare(name: str, root="data", source: str | None = None) -> Path:
     """Makes root/NAME, complete or not at all, if it is not there already, and returns its path.
     source: a folder with the archives (and perhaps the lists, under splits/)."""
     root, target = Path(root), Path(root) / name
-    # Toy worlds of older versions lack this file; semivl.py could not load their CLIP.
-    mark = target / ("open_clip_config.json" if name == "toy" else "dataset.json")
     require(name != "toy" or not source, "--source does not go with toy: nothing is fetched for it")
     require(not source or Path(source).is_dir(), f"--source {source}: there is no such folder")
-    if mark.is_file():
+    if (target / "dataset.json").is_file():
         return target
-    require(
-        not target.exists(),
-        f"{target} has no {mark.name}: another program or an older version made it; move it away "
-        "and start again",
-    )
+    require(not target.exists(), f"{target} is no data folder; move it away and start again")
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as temporary:
         folder = Path(temporary) / name  # other users may read it, unlike the temporary folder
         folder.mkdir()
-        try:
-            if name == "toy":
-                make_toy(folder)
-            else:
-                make_published(name, folder, root / "downloads", source)
+        if name == "toy":
+            make_toy(folder)
+        else:
+            make_published(name, folder, root / "downloads", source)
+        if not target.exists():  # else another process has made it meanwhile: use that one
             folder.rename(target)
-        except OSError as error:
-            if not mark.is_file():  # otherwise another process has made it meanwhile: use that one
-                raise OSError(f"{target} cannot be made: {error}") from None
     return target
 
 
 # The toy world ------------------------------------------------------------------------------------
-# A scene shows things, each of which is a class, on one of four grounds, and clutter. Ground and
-# clutter are the background. CLIP's corpus has captions like "a photo of a cat and a rock on a
-# beach", which never say "background": so only a definition tells CLIP what the background is.
+# A scene shows two to four things, each of which is a class, on one of four grounds. The ground is
+# the background. CLIP's corpus has captions like "a photo of a cat and a rock on a beach", which
+# never say "background": so only a definition tells CLIP what the background is. Some images of the
+# corpus show clutter, which no scene has: more words and shapes make the tiny CLIP better.
 # An icon is a list of "kind colour coordinates" parts, painted in that order on the square from
 # (-1, -1) at the top left to (1, 1); "body" is the icon's own colour and pattern.
 
@@ -353,114 +336,94 @@ RADIUS = (19, 28)  # of an object, in pixels
 SPLITS = {"train": 600, "val": 100, "test": 200}
 CORPUS = 16_000  # images that CLIP is pre-trained on
 ZOOM = 3  # icons are painted this much larger, then averaged down, for smooth edges
-COLORS = {
-    "red": (222, 62, 58),
-    "orange": (240, 146, 54),
-    "yellow": (248, 208, 76),
-    "dark": (52, 50, 62),
-    "green": (74, 154, 84),
-    "lime": (150, 196, 84),
-    "blue": (66, 118, 204),
-    "hole": (0, 0, 0, 0),
-    "sky": (138, 200, 236),
-    "pink": (242, 150, 180),
-    "brown": (146, 98, 62),
-    "cream": (250, 234, 200),
-    "white": (250, 250, 248),
-    "grey": (160, 166, 178),
-}
 THINGS = {  # class -> colours and pattern of its body, then its icon
-    "car": """red blue, plain
-poly sky -.62 -.05 -.4 -.6 .34 -.6 .66 -.05
-round body -1 -.14 1 .44; box body -.08 -.6 .04 0; disc dark -.76 .16 -.22 .7
-disc dark .22 .16 .76 .7; disc grey -.58 .34 -.4 .52; disc grey .4 .34 .58 .52
-disc yellow .8 -.02 1 .18""",
-    "boat": """white cream, stripes
-poly brown -1 .3 1 .3 .62 .88 -.66 .88
-box dark -.07 -1 .05 .3; poly body .1 -.95 .92 .18 .1 .18
-poly body -.14 -.7 -.8 .18 -.14 .18; box cream -.9 .3 .9 .44""",
+    "car": """crimson royalblue, plain
+poly skyblue -.62 -.05 -.4 -.6 .34 -.6 .66 -.05
+round body -1 -.14 1 .44; box body -.08 -.6 .04 0; disc #33323e -.76 .16 -.22 .7
+disc #33323e .22 .16 .76 .7; disc darkgray -.58 .34 -.4 .52; disc darkgray .4 .34 .58 .52
+disc gold .8 -.02 1 .18""",
+    "boat": """white bisque, stripes
+poly sienna -1 .3 1 .3 .62 .88 -.66 .88
+box #33323e -.07 -1 .05 .3; poly body .1 -.95 .92 .18 .1 .18
+poly body -.14 -.7 -.8 .18 -.14 .18; box bisque -.9 .3 .9 .44""",
     "rocket": """white, plain
-poly orange -.26 .6 .26 .6 0 1
-poly orange -.66 .74 -.3 .02 .3 .02 .66 .74; disc body -.4 -1 .4 .72
-poly orange -.27 -.62 0 -1 .27 -.62; disc blue -.22 -.36 .22 .08
-disc sky -.13 -.27 .13 -.01""",
-    "cat": """orange brown, stripes
+poly darkorange -.26 .6 .26 .6 0 1
+poly darkorange -.66 .74 -.3 .02 .3 .02 .66 .74; disc body -.4 -1 .4 .72
+poly darkorange -.27 -.62 0 -1 .27 -.62; disc royalblue -.22 -.36 .22 .08
+disc skyblue -.13 -.27 .13 -.01""",
+    "cat": """darkorange sienna, stripes
 poly body -.84 -1 -.86 .1 -.1 -.5
 poly body .84 -1 .86 .1 .1 -.5; poly pink -.7 -.66 -.7 -.2 -.4 -.44
 poly pink .7 -.66 .7 -.2 .4 -.44; disc body -.96 -.62 .96 .9; disc white -.44 .2 .44 .8
-disc dark -.54 -.2 -.22 .2; disc dark .22 -.2 .54 .2; poly pink -.16 .3 .16 .3 0 .48""",
-    "fish": """blue yellow, dots
+disc #33323e -.54 -.2 -.22 .2; disc #33323e .22 -.2 .54 .2; poly pink -.16 .3 .16 .3 0 .48""",
+    "fish": """royalblue gold, dots
 poly body .4 0 1 -.6 .9 0 1 .6
 poly body -.3 -.4 .1 -.8 .35 -.3; disc body -1 -.54 .62 .54; disc white -.78 -.28 -.42 .08
-disc dark -.72 -.2 -.52 0""",
-    "ladybug": """red orange, dots
-disc dark -.42 -1 .42 -.2; disc body -.86 -.72 .86 .9
-box dark -.06 -.7 .06 .88; disc white -.3 -.94 -.1 -.74; disc white .1 -.94 .3 -.74""",
-    "flower": """pink yellow, plain
-box green -.08 .2 .08 1
-poly green 0 .84 .62 .44 .5 .84; disc body -.32 -1 .32 -.36; disc body -.32 -.24 .32 .4
-disc body -.74 -.62 -.1 .02; disc body .1 -.62 .74 .02; disc orange -.26 -.56 .26 -.04""",
-    "cactus": """lime, stripes
+disc #33323e -.72 -.2 -.52 0""",
+    "ladybug": """crimson darkorange, dots
+disc #33323e -.42 -1 .42 -.2; disc body -.86 -.72 .86 .9
+box #33323e -.06 -.7 .06 .88; disc white -.3 -.94 -.1 -.74; disc white .1 -.94 .3 -.74""",
+    "flower": """hotpink gold, plain
+box seagreen -.08 .2 .08 1
+poly seagreen 0 .84 .62 .44 .5 .84; disc body -.32 -1 .32 -.36; disc body -.32 -.24 .32 .4
+disc body -.74 -.62 -.1 .02; disc body .1 -.62 .74 .02; disc darkorange -.26 -.56 .26 -.04""",
+    "cactus": """yellowgreen, stripes
 round body -.3 -.96 .3 .7; round body -.86 -.4 -.54 .24
 round body .54 -.6 .86 .04; box body -.7 .02 -.2 .24; box body .2 -.18 .7 .04
-disc pink -.2 -1 .2 -.72; poly orange -.54 .5 .54 .5 .4 1 -.4 1""",
-    "donut": """pink brown, dots
-disc orange -.96 -.9 .96 .96; disc body -.9 -.9 .9 .8
-disc orange -.36 -.38 .36 .34; disc hole -.28 -.28 .28 .3""",
-    "castle": """pink cream, stripes
+disc hotpink -.2 -1 .2 -.72; poly darkorange -.54 .5 .54 .5 .4 1 -.4 1""",
+    "donut": """hotpink sienna, dots
+disc darkorange -.96 -.9 .96 .96; disc body -.9 -.9 .9 .8
+disc darkorange -.36 -.38 .36 .34; disc #0000 -.28 -.28 .28 .3""",
+    "castle": """pink bisque, stripes
 box body -.6 -.3 .6 .92; box body -.96 -.7 -.44 .92
-box body .44 -.7 .96 .92; poly blue -1 -.6 -.7 -1 -.4 -.6; poly blue .4 -.6 .7 -1 1 -.6
-box body -.36 -.5 -.14 -.2; box body .14 -.5 .36 -.2; round dark -.24 .3 .24 .92""",
+box body .44 -.7 .96 .92; poly royalblue -1 -.6 -.7 -1 -.4 -.6
+poly royalblue .4 -.6 .7 -1 1 -.6; box body -.36 -.5 -.14 -.2; box body .14 -.5 .36 -.2
+round #33323e -.24 .3 .24 .92""",
 }
-CLUTTER = {  # the same, of what belongs to the background
-    "tree": """green, plain
-box brown -.18 .3 .18 1; disc body -.9 -.4 .1 .5
-disc body -.1 -.4 .9 .5; disc body -.6 -1 .6 .2; disc lime -.34 -.76 .06 -.4
-disc lime .3 -.16 .62 .12""",
-    "rock": """grey, dots
+CLUTTER = {  # the same, for images of the corpus only
+    "tree": """seagreen, plain
+box sienna -.18 .3 .18 1; disc body -.9 -.4 .1 .5
+disc body -.1 -.4 .9 .5; disc body -.6 -1 .6 .2; disc yellowgreen -.34 -.76 .06 -.4
+disc yellowgreen .3 -.16 .62 .12""",
+    "rock": """darkgray, dots
 poly body -1 .7 -.8 -.2 -.3 -.7 .3 -.6 .9 .1 1 .7
 poly white -.6 -.1 -.3 -.5 .1 -.4 -.2 -.2""",
-    "mushroom": """brown, plain
-round cream -.25 -.1 .25 .9; dome body -.9 -.8 .9 .9""",
+    "mushroom": """sienna, plain
+round bisque -.25 -.1 .25 .9; poly body -.9 .05 -.7 -.5 -.3 -.78 .3 -.78 .7 -.5 .9 .05""",
 }
-GROUNDS = {  # ground -> (base colour, second colour)
-    "meadow": ((126, 182, 92), (96, 156, 74)),
-    "beach": ((236, 214, 160), (216, 188, 130)),
-    "lake": ((92, 166, 214), (150, 206, 236)),
-    "snowfield": ((234, 242, 250), (202, 218, 236)),
+GROUNDS = {  # ground -> two colours that flow into each other, width and height of its speckles
+    "meadow": ("#7eb65c", "#609c4a", 2, 6),
+    "beach": ("#ecd6a0", "#d8bc82", 3, 2),
+    "lake": ("#5ca6d6", "#96ceec", 16, 2),
+    "snowfield": ("#eaf2fa", "#cadaec", 3, 3),
 }
 TOY_CLASSES = ["background", *THINGS]
 TOY_DEFINITIONS = {"background": [*GROUNDS, *CLUTTER]}
 
 
-def paint_body(color: tuple, pattern: str, side: int, rng: random.Random) -> Image.Image:
+def shaded(color: str, factor: float) -> tuple:
+    return tuple(min(255, int(factor * c)) for c in ImageColor.getrgb(color)[:3])
+
+
+def paint_body(color: str, pattern: str, side: int, rng: random.Random) -> Image.Image:
     """A square of cloth [side, side] from which the icon's body is cut."""
-    shade = rng.randint(-14, 14)
-    color = tuple(min(255, c + shade) for c in color)
-    pale = sum(color) > 600  # a pale cloth needs a darker pattern, a strong one a lighter
-    cloth = Image.new("RGB", (side, side), color)
+    ground = shaded(color, rng.uniform(0.93, 1.07))
+    mark = shaded(color, 0.35)
+    if sum(ground) > 600:  # a pale cloth has stripes or dots a little darker
+        mark = shaded(color, 0.72)
+    elif pattern == "stripes":  # a strong one has whitish stripes, dark dots
+        mark = tuple(int(0.4 * c + 153) for c in ground)
+    cloth = Image.new("RGB", (side, side), ground)
     draw = ImageDraw.Draw(cloth)
     step = side // 5
     start = rng.randrange(step)
-    if pattern == "stripes":
-        mark = tuple(int(c * 0.72) if pale else int(0.4 * c + 153) for c in color)
-        for x in range(start, side, step):
+    for x in range(start, side, step):
+        if pattern == "stripes":
             draw.rectangle((x, 0, x + 0.42 * step, side), fill=mark)
-    if pattern == "dots":
-        mark = tuple(int(c * (0.72 if pale else 0.35)) for c in color)
-        for row, y in enumerate(range(start, side, step)):
-            for x in range(row % 2 * step // 2, side, step):
-                draw.circle((x, y), 0.045 * side, fill=mark)
+        if pattern == "dots":
+            for y in range(start, side, step):
+                draw.circle((x, y), 0.24 * step, fill=mark)
     return cloth
-
-
-def draw_part(draw: ImageDraw.ImageDraw, kind: str, xy: list[float], fill) -> None:
-    if kind == "dome":
-        draw.pieslice(xy, 180, 360, fill=fill)
-    elif kind == "round":
-        draw.rounded_rectangle(xy, 0.45 * min(xy[2] - xy[0], xy[3] - xy[1]), fill=fill)
-    else:
-        {"disc": draw.ellipse, "box": draw.rectangle, "poly": draw.polygon}[kind](xy, fill=fill)
 
 
 def paint_icon(name: str, radius: float, rng: random.Random) -> Image.Image:
@@ -468,18 +431,18 @@ def paint_icon(name: str, radius: float, rng: random.Random) -> Image.Image:
     body, *icon = (THINGS | CLUTTER)[name].splitlines()
     colors, pattern = body.split(", ")
     side = ZOOM * int(2 * radius)
-    cloth = paint_body(COLORS[rng.choice(colors.split())], pattern, side, rng)
+    cloth = paint_body(rng.choice(colors.split()), pattern, side, rng)
     sprite = Image.new("RGBA", (side, side))
-    draw = ImageDraw.Draw(sprite)
     for part in ";".join(icon).split(";"):
         kind, color, *numbers = part.split()
         xy = [(float(number) + 1) / 2 * (side - 1) for number in numbers]
-        if color == "body":
-            cut = Image.new("L", (side, side))
-            draw_part(ImageDraw.Draw(cut), kind, xy, 255)
-            sprite.paste(cloth, mask=cut)
+        shape = Image.new("L", (side, side))
+        draw = ImageDraw.Draw(shape)
+        if kind == "round":
+            draw.rounded_rectangle(xy, side / 8, fill=255)
         else:
-            draw_part(draw, kind, xy, COLORS[color])
+            {"disc": draw.ellipse, "box": draw.rectangle, "poly": draw.polygon}[kind](xy, fill=255)
+        sprite.paste(cloth if color == "body" else color, (0, 0, side, side), shape)
     if rng.random() < 0.5:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return sprite.rotate(rng.uniform(-12, 12)).reduce(ZOOM)
@@ -487,26 +450,16 @@ def paint_icon(name: str, radius: float, rng: random.Random) -> Image.Image:
 
 def paint_ground(name: str, rng: random.Random, side: int = 512) -> Image.Image:
     """A large textured ground [side, side]; scenes and corpus images are cut out of it."""
-    base, second = GROUNDS[name]
-    light = tuple(c + (255 - c) * 3 // 5 for c in base)
-    dark = tuple(c * 4 // 5 for c in second)
+    base, second, width, height = GROUNDS[name]
     ground = Image.new("RGB", (side, side), base)
     noise = Image.frombytes("L", (side // 8, side // 8), rng.randbytes((side // 8) ** 2))
     patches = noise.resize((side, side), Image.Resampling.BICUBIC).point(lambda v: v // 2)
     ground.paste(second, mask=patches)
     draw = ImageDraw.Draw(ground)
-    if name == "beach":
-        for y in range(0, side, 18):
-            wave = [(x, y + 4 * math.sin(x / 14 + y)) for x in range(0, side, 2)]
-            draw.line(wave, fill=second, width=2)
-    for _ in range(side * side // (700 if name == "lake" else 260)):
-        x, y, ink = rng.randrange(side), rng.randrange(side), rng.choice((dark, light))
-        if name == "meadow":
-            draw.line((x, y, x + rng.choice((-2, 2)), y - 6), fill=ink, width=2)
-        elif name == "lake":
-            draw.arc((x - 8, y - 4, x + 8, y + 6), 200, 340, fill=light, width=2)
-        else:
-            draw.circle((x, y), 1.2, fill=ink)
+    for _ in range(side * side // 300):
+        x, y = rng.randrange(side), rng.randrange(side)
+        ink = shaded(second, rng.choice((0.8, 1.2)))
+        draw.ellipse((x, y, x + width, y + height), fill=ink)
     return ground
 
 
@@ -532,20 +485,16 @@ class Painter:
         return alpha.point(lambda v: 255 * (v > 127)), corner
 
     def scene(self) -> tuple[Image.Image, Image.Image]:
-        """One to three things, and clutter, one per quarter -> image RGB and mask P [96, 96]."""
-        rng = self.rng
+        """Two to four things, one per quarter -> image RGB and mask P [96, 96]."""
         _, image = self.ground(SCENE)
         mask = Image.new("P", (SCENE, SCENE))
         mask.putpalette(SHADES)
-        things = rng.choice((1, 2, 3, 3))
-        for i, quarter in enumerate(rng.sample(range(4), 4)):
-            if i >= things and rng.random() < 0.4:
-                continue  # nothing in this quarter
-            name = rng.choice([*(THINGS if i < things else CLUTTER)])
-            x = SCENE * (0.25 + 0.5 * (quarter % 2)) + rng.uniform(-6, 6)
-            y = SCENE * (0.25 + 0.5 * (quarter // 2)) + rng.uniform(-6, 6)
+        for quarter in self.rng.sample(range(4), self.rng.choice((2, 3, 3, 4))):
+            name = self.rng.choice([*THINGS])
+            x = SCENE * (0.25 + 0.5 * (quarter % 2)) + self.rng.uniform(-6, 6)
+            y = SCENE * (0.25 + 0.5 * (quarter // 2)) + self.rng.uniform(-6, 6)
             outline, corner = self.place(image, name, x, y)
-            mask.paste(TOY_CLASSES.index(name) if i < things else 0, corner, outline)
+            mask.paste(TOY_CLASSES.index(name), corner, outline)
         return image, mask
 
     def captioned(self) -> tuple[Image.Image, str]:
@@ -564,31 +513,11 @@ class Painter:
 
 
 # Pre-training of the tiny CLIP
-STEPS = 600
+STEPS, LR = 1000, 3e-3
 BATCHES = {24: 192, 48: 96}  # side of the crops that CLIP sees -> images in a step, in turn
-LR = 3e-3
-TOY_CLIP = {  # settings as open_clip has them
-    "embed_dim": 64,
-    "vision_cfg": {
-        "image_size": SCENE,
-        "patch_size": 8,
-        "width": 96,
-        "layers": 3,
-        "head_width": 32,
-        "pool_type": "avg",
-    },
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
-}
-
-
-def random_crops(images, side: int):
-    """[N, 3, H, H] -> [N, 3, side, side], each cut at its own random place."""
-    import torch
-
-    corners = torch.randint(images.shape[-1] - side + 1, (2, len(images))).T.tolist()
-    return torch.stack(
-        [image[:, y : y + side, x : x + side] for image, (y, x) in zip(images, corners)]
-    )
+VISION = dict(image_size=SCENE, patch_size=8, width=96, layers=3, head_width=32, pool_type="avg")
+TEXT = dict(context_length=16, vocab_size=49408, width=64, heads=2, layers=1)
+TOY_CLIP = dict(embed_dim=64, vision_cfg=VISION, text_cfg=TEXT)  # settings as open_clip has them
 
 
 def encode_mosaic(model, crops):
@@ -621,13 +550,11 @@ def pretrain_tiny_clip(images: list[Image.Image], captions: list[str]):
     """Contrastive pre-training on images [60, 60] with one caption each -> open_clip.CLIP."""
     import open_clip
     import torch
+    from torchvision.transforms import v2
 
     images = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     images = images.permute(0, 3, 1, 2).contiguous()  # uint8 [N, 3, 60, 60]
-    mean, std = (
-        torch.tensor(values).view(3, 1, 1)
-        for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    )
+    normalize = v2.Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     torch.manual_seed(0)
     model = open_clip.CLIP(**TOY_CLIP)
     # Guidance assumes a scale of 100, at which real CLIP ends. Learned, it would stay near 20 here,
@@ -636,28 +563,23 @@ def pretrain_tiny_clip(images: list[Image.Image], captions: list[str]):
     model.logit_scale.data.fill_(math.log(50)).requires_grad_(False)
     texts = open_clip.tokenize(captions, model.context_length)
     texts, caption = torch.unique(texts, dim=0, return_inverse=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LR, STEPS, pct_start=0.1, cycle_momentum=False
-    )
-    bar = tqdm(range(STEPS), "pre-training the tiny CLIP", disable=None)
-    for step in bar:
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
+    one_cycle = torch.optim.lr_scheduler.OneCycleLR
+    schedule = one_cycle(optimizer, LR, STEPS, pct_start=0.1, cycle_momentum=False)
+    random_crop = {side: v2.RandomCrop(side) for side in BATCHES}
+    for step in tqdm(range(STEPS), "pre-training the tiny CLIP", disable=None):
         side, size = [*BATCHES.items()][step % len(BATCHES)]
         batch = torch.randint(len(images), (size,))
-        crops = (random_crops(images[batch], side) / 255 - mean) / std
+        crops = torch.stack([random_crop[side](image) for image in images[batch]])
+        crops = normalize(crops / 255)
         used, which = torch.unique(caption[batch], return_inverse=True)
-        loss = contrastive_loss(
-            encode_mosaic(model, crops),
-            model.encode_text(texts[used])[which],
-            which,
-            model.logit_scale.exp(),
-        )
+        words = model.encode_text(texts[used])[which]
+        loss = contrastive_loss(encode_mosaic(model, crops), words, which, model.logit_scale.exp())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
     return model.eval()
 
 
@@ -677,8 +599,7 @@ def make_toy(folder: Path) -> None:
                 image.save(folder / name)
         lines = "".join(f"{image} {mask}\n" for image, mask in names)
         (folder / f"splits/{split}.txt").write_text(lines, encoding="utf-8")
-    content = {"classes": TOY_CLASSES, "definitions": TOY_DEFINITIONS}
-    write_json(folder / "dataset.json", content)
+    write_json(folder / "dataset.json", {"classes": TOY_CLASSES, "definitions": TOY_DEFINITIONS})
     painter = Painter("corpus 0")
     bar = tqdm(range(CORPUS), "painting the corpus", disable=None)
     images, captions = zip(*(painter.captioned() for _ in bar))
@@ -723,11 +644,9 @@ def read_labelmap(file: Path) -> dict:
         value = len(names) if number is None else int(number)
         if color[0]:
             value = tuple(map(int, color))
-        require(
-            len(kinds) == 1 and np.max(value) < 256 and value not in names,
-            f"{file}, line {at}: {line!r} should be 'NAME:R,G,B::', 'VALUE, NAME' or 'NAME', as "
-            "the lines above it (values to 255, none twice, UTF-8)",
-        )
+        told = f"{file}, line {at}: {line!r} should be 'NAME:R,G,B::', 'VALUE, NAME' or 'NAME', as"
+        fits = len(kinds) == 1 and np.max(value) < 256 and value not in names
+        require(fits, f"{told} all others are, with values to 255, none twice, in UTF-8")
         names[value] = name
     return names
 
@@ -737,10 +656,8 @@ def class_list(names: dict, source: str) -> list[str]:
     classes = [name for name in names.values() if name.lower() not in NO_LABEL]
     twice = [name for name in classes if classes.count(name) > 1]
     require(not twice, f"{source}: {twice[:1]} is there twice")
-    require(
-        all(classes) and 2 <= len(classes) <= IGNORE,
-        f"{source}: should name 2 to 255 classes (not ''; perhaps background is missing)",
-    )
+    told = f"{source}: should name 2 to 255 classes; perhaps background is missing"
+    require(all(classes) and 2 <= len(classes) <= IGNORE, told)
     return classes
 
 
@@ -965,9 +882,9 @@ def divide(pairs: dict[str, tuple], in_val: set, share: float, seed: int) -> dic
     return lists
 
 
-def write_folder(home, content: dict, lists: dict, place_of: dict, names: dict, source: str):
-    """Makes a canonical folder. lists: name -> pairs (image, mask or None); masks, of any format,
-    become masks/place_of[mask]. Lists that `home` has already are set aside as NAME-before."""
+def write_folder(home, classes: list, lists: dict, place_of: dict, names: dict, source: str):
+    """Makes a canonical folder, whole or not at all. lists: name -> pairs (image, mask or None);
+    masks, of any format, become masks/place_of[mask]."""
     place = home if home.exists() else home.parent  # nothing is left of what fails
     place.mkdir(parents=True, exist_ok=True)
     target = home / ("masks-numbers" if (home / "masks").exists() else "masks")
@@ -975,23 +892,20 @@ def write_folder(home, content: dict, lists: dict, place_of: dict, names: dict, 
         new = Path(temporary)
         new_place = {mask: new / "masks" / name for mask, name in place_of.items()}
         convert_masks(new_place, names, source)
-        pairs_of = {
+        new_lists = {
             name: [(image, new_place.get(mask)) for image, mask in pairs]
             for name, pairs in lists.items()
         }
-        check(content["classes"], pairs_of)
+        check(classes, new_lists)
+        (new / "splits").mkdir()
         for name, pairs in lists.items():
             lines = [list_line((i, m and target / place_of[m]), home) for i, m in pairs]
-            file = new / "splits" / f"{name}.txt"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("\n".join([*lines, ""]), encoding="utf-8")
-        write_json(new / "dataset.json", content)
+            (new / f"splits/{name}.txt").write_text("\n".join([*lines, ""]), encoding="utf-8")
+        write_json(new / "dataset.json", {"classes": classes})
         home.mkdir(exist_ok=True)
         (new / "masks").rename(target)
-        for path in (home / "splits", home / "dataset.json"):
-            if path.exists():
-                path.rename(path.with_name(f"{path.name}-before"))
-            (new / path.name).rename(path)
+        (new / "splits").rename(home / "splits")
+        (new / "dataset.json").rename(home / "dataset.json")
 
 
 def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0.2, seed=0) -> None:
@@ -1021,7 +935,7 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
     in_val = {name.lower() for file in listed for name in file.read_text("utf-8").split()}
     lists = divide(pairs, in_val, val, seed)
     place_of = {mask: f"{key}.png" for key, (_, mask) in pairs.items() if mask}
-    write_folder(home, {"classes": classes}, lists, place_of, names, source)
+    write_folder(home, classes, lists, place_of, names, source)
     left = sum(mask is not None for _, mask in lists["train"])
     bare = len(lists["train"]) - left
     print(f"{left} images with and {bare} without mask to train, {len(lists['val'])} to validate")
@@ -1029,25 +943,6 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
     count = left if bare else max(1, left // 4)
     alone = " --unlabelled off" if left == 1 and not bare else ""
     print(f"next: python semivl.py --dataset {folder} --labels {count}{alone}")
-
-
-def convert_old(home: Path) -> None:
-    """Turns a folder whose dataset.json has "colors" or another "ignore_index" into a canonical
-    one. Its masks stay; its lists and dataset.json are set aside."""
-    content = read_json(home)
-    old = "colors" in content or "ignore_index" in content
-    require(old, f"{home}: its masks are class numbers already; there is nothing to convert")
-    classes = content.pop("classes")
-    colors = content.pop("colors", {})
-    ignore = content.pop("ignore_index", -1 if colors else IGNORE)
-    values = [*(colors.get(name, number) for number, name in enumerate(classes)), ignore]
-    values = [tuple(value) if isinstance(value, list) else value for value in values]
-    names = dict(zip(values, [*classes, "void"]))
-    lists = read_lists(home)
-    masks = dict.fromkeys(mask for pairs in lists.values() for _, mask in pairs if mask)
-    place_of = {mask: f"{at:06}-{mask.stem}.png" for at, mask in enumerate(masks)}
-    content = {"classes": classes} | content
-    write_folder(home, content, lists, place_of, names, f"{home}/dataset.json")
 
 
 # The check of a canonical folder ------------------------------------------------------------------
@@ -1097,15 +992,9 @@ def mask_pixels(file: Path, count: int, size: tuple) -> np.ndarray:
     """Pixels of each value of a canonical mask with `count` classes, for an image of that size."""
     with blame(file), Image.open(file) as mask:
         exact = mask.mode == "P" or (mask.mode == "L" and mask.tile[0][3] == "L")
-        require(
-            exact and mask.format == "PNG",
-            f"{mask.format} of mode {mask.mode} is no PNG of class numbers (8 bits, grey or "
-            "palette); --images DIR --masks DIR makes them",
-        )
-        told = (
-            f"{mask.width} x {mask.height} pixels, but its image has {size[0]} x {size[1]} upright"
-        )
-        require(mask.size == size, told)
+        told = f"{mask.format} of mode {mask.mode} is no PNG of class numbers, grey or palette"
+        require(exact and mask.format == "PNG", f"{told}, 8 bits; make it anew from --images")
+        require(mask.size == size, f"{mask.size} pixels, but its image has {size} upright")
         pixels = np.array(mask.histogram()[:256])
         wrong = [value for value in range(count, IGNORE) if pixels[value]]
         require(not wrong, f"no class has {wrong[:8]}; classes are 0 to {count - 1}")
@@ -1143,10 +1032,8 @@ def check(classes: list[str], lists: dict[str, list]) -> None:
             print(f"note: no mask of {name} shows {', '.join(absent)}")
         require(name != "train" or len(absent) + 1 < len(classes), "train shows one class only")
     if turned:
-        told = (
-            f"note: EXIF orientation turns {len(turned)} images; are their masks upright? Such as"
-        )
-        print(f"{told} {turned[0]}")
+        told = f"note: EXIF orientation turns {len(turned)} images; are their masks upright?"
+        print(f"{told} Such as {turned[0]}")
     double = [image for image, parts in lists_of.items() if len(parts) > 1]
     if double:
         parts = " and ".join(lists_of[double[0]])
@@ -1157,7 +1044,7 @@ def check_folder(home: Path) -> None:
     """The check of a folder on disk."""
     content = read_json(home)
     old = "colors" in content or content.get("ignore_index", IGNORE) != IGNORE
-    require(not old, f"{home}: masks are no class numbers: python data_prep.py {home} --convert")
+    require(not old, f"{home}: an older folder, of masks in colours; make it anew from --images")
     check(content["classes"], read_lists(home))
 
 
@@ -1176,17 +1063,14 @@ def main(argv=None) -> int:
     own.add_argument("--classes", metavar="a,b,c", help="names of the mask values 0, 1, 2 ...")
     own.add_argument("--labelmap", metavar="FILE", help="or a file of CVAT, Roboflow, labelme")
     own.add_argument("--val", type=float, help="share of the masks that validates [0.2]")
-    own.add_argument("--convert", action="store_true", help='a FOLDER with "colors" of before')
     # A mistake is told in one line, as are those below; argparse would print its usage before it.
     parser.error = lambda message: parser.exit(2, f"data_prep.py: {message}\n")
     args = vars(parser.parse_args(argv))
-    name, root, source, convert = map(args.pop, ("dataset", "root", "source", "convert"))
+    name, root, source = map(args.pop, ("dataset", "root", "source"))
     given = {key: value for key, value in args.items() if value is not None}
     try:
         if name in sets:
-            require(
-                not given and not convert, f"{name} is made as published, without these options"
-            )
+            require(not given, f"{name} is made as published, without these options")
             present = (Path(root or "data") / name).exists()
             path = prepare(name, root or "data", source)
             print(f"{path} is there already; nothing to do" if present else f"{path} is complete")
@@ -1197,14 +1081,9 @@ def main(argv=None) -> int:
                 given["classes"] = [word.strip() for word in given["classes"].split(",")]
             from_pictures(name, **given)
             return 0
-        told = (
-            f"{name}: neither one of {', '.join(sets)}, nor a data folder, nor --images DIR given"
-        )
+        told = f"{name}: neither one of {', '.join(sets)}, nor a data folder, nor given --images"
         require(not given and (Path(name) / "dataset.json").exists(), told)
-        if convert:
-            convert_old(Path(name))
-        else:
-            check_folder(Path(name))
+        check_folder(Path(name))
         return 0
     except (UserError, OSError) as error:  # all else is a bug, and keeps its traceback
         message, code = str(error), 2
