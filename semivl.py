@@ -13,8 +13,9 @@ takes a crop x of a labelled image with its mask y, and a crop w of an unlabelle
     STUDENT         w, half of the feature channels off (fp)    loss fp, with the labels of w
 
 The EMA teacher is our addition: in the published method the student makes the pseudo-labels
-(`--ema 0`); .github/DIFFERENCES.md lists them all. The paper reports 84.0 mIoU on VOC with 92 masks, 6.1
-above the best before it; that run was not repeated by us, and nothing here has run on a GPU.
+(`--ema 0`). .github/DIFFERENCES.md lists all differences. The paper reports 84.0 mIoU on VOC with
+92 masks, 6.1 above the best before it; that run was not repeated by us, and nothing here has run on
+a GPU.
 
     python semivl.py                                      the built-in toy world: minutes on a CPU
     python semivl.py --dataset FOLDER --labels 8          your own images (section 7)
