@@ -197,7 +197,9 @@ def blame(what):
     try:
         yield
     except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror.lower()  # without the file, which `what` has
         if isinstance(error, KeyError):
             reason = f"has no {reason}"
         if isinstance(error, pickle.UnpicklingError):  # torch would advise to load it all the same
@@ -855,6 +857,9 @@ def check_labelled(folder: Folder, labelled: list[tuple]) -> None:
         say(f"  {name:22}{pixels[number]:>16,}")
     enough = (pixels[:IGNORE] > 0).sum() > 1
     require(enough, f"{folder.path}: labelled masks of 2 classes or more are needed (0 and 255?)")
+    both = {image for image, _ in labelled} & {image for image, _ in folder.val + folder.test}
+    if both:
+        say(f"note: {len(both)} labelled images are validation or test images, too: {min(both)}")
 
 
 def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
@@ -1611,19 +1616,22 @@ def load_authors_checkpoint(state_dict: dict, text: torch.Tensor, heads=None) ->
     return model.eval()
 
 
-def load_file(file) -> dict:
-    """What torch.save wrote, without running code that may be in it."""
+def load_file(file, needed: str = "") -> dict:
+    """What torch.save wrote, with the entries `needed`, without running code that may be in it."""
     # The authors' files hold a number of numpy's, whose function has two names by numpy's version.
     scalar = np.float64(0).__reduce__()[0]
     old, new = "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"
     allowed = [(scalar, old), (scalar, new), np.dtype, np.dtypes.Float64DType]
     with blame(file), torch.serialization.safe_globals(allowed):
-        return torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        missing = {*needed.split()} - {*content}
+        require(not missing, f"no checkpoint of this program; it lacks {', '.join(missing)}")
+        return content
 
 
 def load_checkpoint(file, **changes) -> tuple[SemiVL, Config, dict]:
     """A checkpoint of this program -> model in eval mode, settings, class names and concepts."""
-    content = load_file(file)
+    content = load_file(file, "model config classes clip")
     with blame(file):
         cfg = Config(**content["config"] | dict(device="auto", out="") | changes)
         model = build_model(cfg, open_clip.CLIP(**content["clip"]).visual, content["model"]["text"])
@@ -1750,7 +1758,7 @@ def run_command(argv) -> None:
         require(not wrong, f"not together with --{action}: {', '.join(wrong)}")
     if action == "resume":
         file = Path(target) / "last.pt"
-        saved = load_file(file)
+        saved = load_file(file, "config classes labelled lists step last best student optimizer")
         with blame(file):
             cfg = Config(**saved["config"] | typed | dict(out=target))
         train(cfg, saved)

@@ -1335,7 +1335,7 @@ MISTAKES = {  # what is wrong -> (file, content or picture; or options), words o
     "a 16-bit image": ("images/0.png", Image.new("I;16", (64, 64)), "8 bits"),
     "a truncated mask": ("masks/0.png", encoded("PNG")[:60], "masks/0.png"),
     "an empty list": ("splits/train.txt", b"", "train.txt: no line"),
-    "no list": ("splits/val.txt", None, "val.txt: No such file"),
+    "no list": ("splits/val.txt", None, "val.txt: no such file"),
     "broken json": ("dataset.json", b"{", "dataset.json"),
     "a class twice": ("dataset.json", b'{"classes": ["a", "a"]}', "different names"),
     "only one class": ("dataset.json", b'{"classes": ["sky"]}', "2 to 255"),
@@ -1352,10 +1352,10 @@ MISTAKES = {  # what is wrong -> (file, content or picture; or options), words o
     "windows with gaps between them": "--stride 33 | is above --crop",
     "a width without an eighth": "--decoder-channels 12 | multiple of 8",
     "a crop below the patch": "--crop 7 --stride 7 | patch",
-    "no such checkpoint": "--eval nowhere.pt | No such file",
+    "no such checkpoint": "--eval nowhere.pt | no such file",
     "a picture for a checkpoint": "--eval images/0.png | images/0.png: holds code, or was not",
     "no image to predict": "--predict images/0.png | name images",
-    "a folder for a checkpoint": "--eval masks | Is a directory",
+    "a folder for a checkpoint": "--eval masks | is a directory",
     "a file for a run": "--resume dataset.json | dataset.json/last.pt",
     "an output folder that is taken": "--out splits | --out splits is there already",
     "a number out of range": "--conf 2 | out of range: --conf",
@@ -1393,7 +1393,7 @@ def test_a_mistake_ends_with_one_line_and_exit_code_2(what, folder, capsys, monk
 def test_a_loader_error_ends_the_run_with_its_own_message(folder, tmp_path, capsys):
     save(folder / "splits", {"train.txt": pairs(0, 1) + b"images/none.png\n"})
     assert run(folder, tmp_path / "run", "--workers", 1) == 2
-    told = f"{folder}/images/none.png: No such file or directory\n"
+    told = f"{folder}/images/none.png: no such file or directory\n"
     assert capsys.readouterr().err.endswith(told)
 
 
