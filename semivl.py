@@ -66,14 +66,13 @@ from tqdm import tqdm
 
 
 # 1. Settings: what can be chosen, and what did the paper choose for each data set? ----------------
-# Every field of Config is an option of the command line: `vit_lr` is --vit-lr; `_thresh` is left
-# out, so `conf_thresh` is --conf. The defaults are VOC's. PRESETS has what another data set
-# changes, and what is typed changes that again. A checkpoint keeps the settings, so they are never
-# typed twice.
+# Every field of Config is an option of the command line: `vit_lr` is --vit-lr. The defaults are
+# VOC's. PRESETS has what another data set changes, and what is typed changes that again. A
+# checkpoint keeps the settings, so they are never typed twice.
 @dataclasses.dataclass
 class Config:
     # Data
-    dataset: str = "voc"  # toy, voc, coco, ade20k, cityscapes or FOLDER; no --dataset: toy
+    dataset: str = "voc"  # toy, voc, coco, ade20k, cityscapes or FOLDER; the program's default: toy
     labels: int = 92  # how many images are labelled; all others of train.txt are used without mask
     root: str = "data"  # folder in which the named data sets are kept
     crop: int = 512  # side of the training crop and of the test window, pixels
@@ -94,10 +93,10 @@ class Config:
     recompute: bool = False  # the decoder takes less memory and more time
     # Losses
     unlabelled: bool = True  # use the unlabelled images
-    conf_thresh: float = 0.95  # lowest confidence of a pseudo-label that is used
+    conf_thresh: float = 0.95  # lowest confidence of a pseudo-label that counts (weighting "pixel")
     weighting: Literal["pixel", "mean"] = "pixel"  # consistency_loss explains them
     guidance: float = 0.1  # weight of frozen CLIP's losses (section 8: lambda); falls to 0
-    guidance_conf_thresh: float = 0.9  # lowest probability of frozen CLIP's labels
+    guidance_conf_thresh: float = 0.9  # lowest confidence of frozen CLIP's labels
     ema: float = 0.996  # decay of the EMA teacher; 0: the student teaches itself
     # Optimisation
     steps: int = 0  # optimiser steps; 0: as many as --epochs has
@@ -187,7 +186,7 @@ def require(condition, message: str) -> None:
 
 def option(name: str) -> str:
     """The option that sets a field of Config."""
-    return "--" + name.removesuffix("_thresh").replace("_", "-")
+    return "--" + name.replace("_", "-")
 
 
 @contextlib.contextmanager
@@ -226,7 +225,9 @@ def say(text: str) -> None:
 # that fits best. The decoder reads one vector per class: the embedding of its name, or (Cityscapes)
 # the mean of its concepts. The decoder is trained, so a poor name costs it less.
 # On COCO and ADE20K a class's only concept is its name.
-# It buys: 71.3 with definitions, 60.6 with names only. Frozen CLIP itself: 57.7 with, 38.3 without.
+# Toy world: guidance by definitions 71.3, by names 60.6, no guidance 67.4. So poor words are worse
+# than no guidance. (The toy's definitions are in its dataset.json.)
+
 # data set -> class -> its concepts, with | between them; misspellings ("wolve") are as published
 CONCEPTS = {
     "voc": {
@@ -328,8 +329,8 @@ def describe_classes(clip, classes: dict[str, list], decoder_text="names", defin
 # block 4 of 12) tell it: so early, a patch still describes its own pixels. The authors use value
 # paths for these, too, and give no reason; our guess: attention would blur the maps further.
 class LeanQuickGELU(nn.Module):
-    """x sigmoid(1.702 x), as silu(1.702 x) / 1.702: the backward pass keeps one tensor, not two,
-    which saves 8 % of the memory of a VOC step."""
+    """x sigmoid(1.702 x), as silu(1.702 x) / 1.702: the backward pass keeps one tensor, not two. A
+    VOC step on a CPU takes 7.6 GB and 26 s instead of 8.2 GB and 41 s."""
 
     def forward(self, x):
         return F.silu(1.702 * x).mul_(1 / 1.702)
@@ -416,7 +417,7 @@ class DenseCLIP(nn.Module):
 # position embedding decide that, so they train. MLPs are thought to store knowledge, so they stay
 # as they are, and with them norms, class token, patch convolution and final projection. (The last
 # block's queries and keys feed nothing here: they get no gradient, only weight decay.)
-# It buys nothing in the toy's short runs: 71.3 with it, 72.1 if all trains, 71.0 if nothing does.
+# Toy world: little difference, 71.3 with it, 72.1 if all trains, 71.0 if nothing does.
 def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
     """Sets what trains in the ViT: "spatial" (29.1 of 86.8 million parameters of ViT-B/16 at crop
     512), "all" or "none". To be called before `make_optimizer` and `frozen_copy`."""
@@ -437,7 +438,8 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 # decoder's batch has B*N items, one per image and class: a map of one channel, the similarity of
 # every patch to the class's text. The same weights clean up the map of any class, so they learn
 # from all classes and work for any number of them. The price is N times the convolutions.
-# It buys: with masks only 61.6, with DeepLabV3+ 50.5. With all the rest on, DeepLabV3+ is as good.
+# Toy world, labelled images alone: 61.6, DeepLabV3+ 50.5. With all the rest on, DeepLabV3+ is as
+# good.
 #     dense [B, E, gh, gw], text [N, E]
 #     -> cosine_maps               [B, N, gh, gw]
 #     -> spatial reasoning         [B, N, C, gh, gw]     within each class: 7 x 7 conv, ASPP
@@ -450,7 +452,7 @@ MAPS_AT_ONCE = 64  # `by_classes` runs about this many of the B*N maps at a time
 def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """Cosine similarity of places and texts: dense [B, E, gh, gw], text [N, E] -> [B, N, gh, gw].
     Normalises both (feature dropout, section 6, changes lengths), in float32 even under autocast:
-    bf16 rounds a cosine by up to 0.001, which FrozenGuidance's factor 100 turns into 0.1."""
+    bf16 rounds a cosine of 0.3 by up to 0.001, which FrozenGuidance's factor 100 turns into 0.1."""
     with torch.autocast(dense.device.type, enabled=False):
         dense, text = F.normalize(dense.float(), dim=1), F.normalize(text.float(), dim=1)
         return torch.einsum("behw,ne->bnhw", dense, text)
@@ -626,7 +628,7 @@ class VisionDecoder(nn.Module):
 # 6. Three networks: student, frozen CLIP (paper: Dense CLIP Guidance), EMA teacher ----------------
 # Who tells the student what to say where there is no mask? The teacher gets better, but it learns
 # from the student, so it can confirm the student's mistakes. Frozen CLIP is coarse, but constant.
-# Frozen CLIP buys: 71.3, without it 67.4. The EMA teacher (from UniMatch V2) buys nothing here.
+# Toy world: 71.3, without frozen CLIP 67.4; the EMA teacher (from UniMatch V2) makes no difference.
 def drop_channels(features: torch.Tensor, count: int) -> torch.Tensor:
     """UniMatch's feature perturbation of the last `count` items of a batch [B, ., gh, gw]: each
     channel becomes 0 with p = 1/2, else it doubles."""
@@ -695,7 +697,7 @@ class EMATeacher:
     @torch.no_grad()
     def update(self, student: nn.Module, step: int) -> None:
         """teacher = decay * teacher + (1 - decay) * student, after optimiser step `step` (from 0).
-        The decay grows from 0, so that nothing is left of the random decoder of the start."""
+        The decay grows from 0: at first the teacher is the plain mean of all students so far."""
         decay = min(1 - 1 / (step + 1), self.decay)
         for average, p in zip(self.model.parameters(), student.parameters(), strict=True):
             if p.requires_grad:
@@ -733,14 +735,14 @@ def read_mask(file: Path, num_classes: int, size: tuple) -> torch.Tensor:
     """A PNG of class numbers, as large as its image, (width, height) -> uint8 [H, W]."""
     with blame(f"{file} (python data_prep.py FOLDER tells more)"), Image.open(file) as image:
         # PIL stretches grey of 2 or 4 bits to 0 ... 255; such a file has a raw mode like "L;4".
-        exact = image.mode == "P" or (image.mode == "L" and image.tile[0][3] == "L")
+        exact = image.mode in ("P", "I;16") or (image.mode == "L" and image.tile[0][3] == "L")
         require(exact and image.format == "PNG", "no PNG of class numbers, grey or palette, 8 bits")
         require(image.size == size, f"{image.size} pixels, but its image has {size} upright")
         mask = np.array(image)
         wrong = mask[(mask >= num_classes) & (mask != IGNORE)]
         known = f"a class, 0 to {num_classes - 1}, nor 255, no label"
         require(not len(wrong), f"{len(wrong)} pixels, such as {wrong[:1]}, are neither {known}")
-        return torch.from_numpy(mask)
+        return torch.from_numpy(mask.astype(np.uint8))
 
 
 def read_list(file: Path, need_mask: bool) -> list[tuple]:
@@ -826,7 +828,8 @@ def import_data_prep():
 
 def draw_labelled(folder: Folder, count: int, seed: int) -> list[tuple]:
     """The labelled entries: those of splits/COUNT/labeled.txt, or `count` drawn from train.txt. A
-    few images easily miss a class: of 100 draws the one whose masks show most classes is taken."""
+    few images easily miss a class: of 100 draws the one whose masks show most classes is taken. As
+    all masks are looked at, a benchmark should rather have a list."""
     file = folder.path / f"splits/{count}/labeled.txt"
     if file.exists():
         return read_list(file, True)
@@ -967,16 +970,17 @@ class TrainingSet(Dataset):
 # 8. Consistency (UniMatch, Yang et al., CVPR 2023): what about an image without a mask? -----------
 # An image's mask does not depend on its colours. So each unlabelled image gets two label maps, made
 # from its weak view w, and the student has to predict them in views that are harder to see:
-#     teacher's pseudo-labels, where their probability reaches --conf         -> losses L
-#     frozen CLIP's labels, where theirs reaches --guidance-conf (SemiVL)     -> losses G
+#     the teacher's pseudo-labels, if as sure as --conf-thresh (Cityscapes: all)    -> losses L
+#     frozen CLIP's labels, if as sure as --guidance-conf-thresh (SemiVL)           -> losses G
 #     views: s1, s2 (recoloured, CutMix), fp (w, half of the feature channels off)
-#     total = L_x / 2 + (L_s1 + L_s2) / 8 + L_fp / 4  +  lambda * ((G_s1 + G_s2) / 4 + G_fp / 2)
-# L_x is the cross-entropy of the labelled crop x with its mask. lambda = --guidance * (1 - t/T) at
-# step t of T.
+#     total = (L_x + (L_s + L_fp) / 2) / 2 + lambda * (G_s + G_fp) / 2
+# L_s and G_s are means over s1 and s2; L_x is the cross-entropy of the labelled crop x with its
+# mask; lambda = --guidance * (1 - t/T) at step t of T.
 # The trap is confirmation bias: the student learns wrong pseudo-labels, and the teacher follows the
-# student. So unsure ones are dropped, and frozen CLIP, which never follows, has its say. Its labels
-# have coarse borders, so lambda falls to 0.
-# Consistency buys: 67.4, with masks only 61.6 (both without the losses G). Beside G it buys 0.8.
+# student. So unsure ones are dropped (or their image counts less), and frozen CLIP, which never
+# follows, has its say. Its labels have coarse borders, so lambda falls to 0.
+# Toy world without the losses G: 67.4, without pseudo-labels, too, 61.6. With G on, taking
+# consistency away costs only 0.8.
 class Targets(NamedTuple):
     """The targets of unlabelled images, per pixel; all [B, H, W]."""
 
@@ -1119,10 +1123,11 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
     # The student predicts all views of a micro-batch in one forward; losses; backward.
     losses = {}
     for chunk in chunks:
-        # DDP averages gradients once per step; a student without DDP does not read this.
+        # DDP sums gradients over processes at the last micro-batch only; others do not read this.
         student.require_backward_grad_sync = chunk is chunks[-1]
         first = step * cfg.batch + RANK * size + chunk.start
-        torch.manual_seed(cfg.seed * 10**9 + first + 10**9 // 2)  # no item has such a seed
+        # Feature dropout has a seed of its own in each micro-batch of a run, which no item has.
+        torch.manual_seed(cfg.seed * 10**9 + 10**9 // 2 + first)
         # x, s1, s2, fp, one after the other: [views * micro, 3, crop, crop]
         pixels = torch.cat([image[chunk] for image in images.values()]) / 255
         with autocast(cfg, device):
@@ -1214,7 +1219,7 @@ def confusion_matrix(prediction, target, classes: int) -> torch.Tensor:
 
 
 def iou_per_class(matrix: torch.Tensor) -> torch.Tensor:
-    """Confusion matrix [N, N] -> TP / (TP + FP + FN), percent [N]; NaN if a class never occurs."""
+    """Confusion matrix [N, N] -> TP / (TP + FP + FN), percent [N]; NaN if a class is in neither."""
     hit = matrix.diag().double()
     return 100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)  # 0 / 0 is NaN
 
@@ -1319,7 +1324,7 @@ class Run:
     def __init__(self, path: Path, modules: dict, facts: dict):
         self.path, self.modules, self.facts = path, modules, facts
         self.step = 0  # optimiser steps that are done
-        self.last = self.best = -1.0  # validation mIoU
+        self.val_last = self.val_best = -1.0  # validation mIoU
         if RANK == 0:
             self.file = open(path / "log.jsonl", "a", 1, encoding="utf-8")  # noqa: SIM115
             self.lock()
@@ -1341,7 +1346,7 @@ class Run:
         """Writes last.pt or best.pt; the old file is replaced when the new one is complete."""
         if RANK > 0:
             return
-        content = dict(step=self.step, last=self.last, best=self.best) | self.facts
+        content = dict(step=self.step, val_last=self.val_last, val_best=self.val_best) | self.facts
         for key, module in self.modules.items():
             if key == "model" or name == "last.pt":
                 content[key] = module.state_dict()
@@ -1351,16 +1356,17 @@ class Run:
 
     def evaluated(self, miou: float) -> None:
         """Logs the validation mIoU; keeps the best model."""
-        self.last = miou
+        self.val_last = miou
         self.log(val_miou=miou)
-        if miou > self.best:
-            self.best = miou
+        if miou > self.val_best:
+            self.val_best = miou
             self.save("best.pt")
 
     def load(self, saved: dict) -> None:
         """Goes on where last.pt, whose content `saved` is, was written."""
         with blame(self.path / "last.pt"):
-            self.step, self.last, self.best = saved["step"], saved["last"], saved["best"]
+            self.step, self.val_last = saved["step"], saved["val_last"]
+            self.val_best = saved["val_best"]
             for name, module in self.modules.items():
                 module.load_state_dict(saved[name])
         if RANK == 0:  # the log forgets the steps that come again
@@ -1449,13 +1455,13 @@ def train(cfg: Config, saved: dict | None = None) -> None:
         sampler=range(run.step * cfg.batch + RANK, cfg.steps * cfg.batch, WORLD),
         pin_memory=device.type == "cuda",
     )
-    labeller = guidance if cfg.guidance else None  # without its losses its labels are not needed
+    guide = guidance if cfg.guidance else None  # without its losses its labels are not needed
     clock = time.perf_counter()
     for batch in progress(loader, "train", total=cfg.steps, initial=run.step):
         files = batch.pop("files")
         batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
         set_rates(optimizer, run.step, cfg.steps)
-        losses = training_step(parallel, ema.model, labeller, batch, cfg, run.step)
+        losses = training_step(parallel, ema.model, guide, batch, cfg, run.step)
         means = sum_over_processes(torch.stack([*losses.values()]) / WORLD)
         losses = dict(zip(losses, means.tolist()))
         require(  # before a weight changes
@@ -1479,14 +1485,14 @@ def train(cfg: Config, saved: dict | None = None) -> None:
             run.evaluated(float(evaluate(ema.model, folder, folder.val, cfg, device).nanmean()))
             say(
                 f"step {run.step}: loss {losses['total']:.3f}, kept {losses.get('kept', 0):.2f}, "
-                f"validation mIoU {run.last:.1f}, {seconds:.3g} s/step"
+                f"validation mIoU {run.val_last:.1f}, {seconds:.3g} s/step"
             )
             if RANK == 0:
                 save_sheet(path / "sheet.png", folder, models, cfg, device)
         if evaluate_now or run.step % cfg.save_every == 0:
             run.save("last.pt")
         clock = time.perf_counter()
-    report(models, folder, cfg, device, path, val_last=run.last, val_best=run.best)
+    report(models, folder, cfg, device, path, val_last=run.val_last, val_best=run.val_best)
 
 
 # 11. Weights: CLIP's, the authors', our checkpoints -----------------------------------------------
@@ -1624,8 +1630,11 @@ def load_file(file, needed: str = "") -> dict:
     allowed = [(scalar, old), (scalar, new), np.dtype, np.dtypes.Float64DType]
     with blame(file), torch.serialization.safe_globals(allowed):
         content = torch.load(file, map_location="cpu", weights_only=True)
-        missing = {*needed.split()} - {*content}
-        require(not missing, f"no checkpoint of this program; it lacks {', '.join(missing)}")
+        missing = ", ".join({*needed.split()} - {*content})
+        told = (
+            f"no checkpoint of ours (nor of the authors', by load_authors_checkpoint): no {missing}"
+        )
+        require(not missing, told)
         return content
 
 
@@ -1690,7 +1699,6 @@ def predict(checkpoint: str, names: list[str], changes: dict) -> None:
         known = Image.registered_extensions()
         files += [file for file in inside if file == path or file.suffix.lower() in known]
     require(files, "--predict CKPT IMAGE ...: name images, or a folder of them")
-    require(len({file.stem for file in files}) == len(files), "two images have the same name")
     model, cfg, classes = load_checkpoint(checkpoint, **changes)
     device = pick_device(cfg.device)
     model.to(device)
@@ -1700,11 +1708,15 @@ def predict(checkpoint: str, names: list[str], changes: dict) -> None:
         image = read_image(file)
         label = segment(model, image, cfg, device)
         mask = colour_mask(label, classes)
-        mask.save(out / f"{file.stem}-mask.png")
         overlay = Image.blend(image, mask.convert("RGB"), 0.55)
-        overlay.save(out / f"{file.stem}-overlay.png")
+        name, number = file.stem, 1
+        while (out / f"{name}-mask.png").exists():  # images of several folders
+            number += 1
+            name = f"{file.stem}-{number}"
+        mask.save(out / f"{name}-mask.png")
+        overlay.save(out / f"{name}-overlay.png")
         shown = [[*classes][n] for n in label.unique()]
-        say(f"{out / file.stem}-mask.png: {', '.join(shown)}")
+        say(f"{file} -> {out / name}-mask.png: {', '.join(shown)}")
 
 
 # 13. Command line ---------------------------------------------------------------------------------
@@ -1726,7 +1738,7 @@ def parse_args(argv) -> dict:
     """The options that were typed, with their values; --help shows the source of Config."""
     parser = argparse.ArgumentParser(
         usage="semivl.py [options]",
-        description="Every field of Config is an option: vit_lr is --vit-lr, conf_thresh --conf.",
+        description="Every field of Config is an option: vit_lr is --vit-lr.",
         epilog=inspect.getsource(Config).partition("\n\n")[0],  # its fields and their comments
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -1758,7 +1770,7 @@ def run_command(argv) -> None:
         require(not wrong, f"not together with --{action}: {', '.join(wrong)}")
     if action == "resume":
         file = Path(target) / "last.pt"
-        saved = load_file(file, "config classes labelled lists step last best student optimizer")
+        saved = load_file(file, "config classes labelled lists student model optimizer step")
         with blame(file):
             cfg = Config(**saved["config"] | typed | dict(out=target))
         train(cfg, saved)

@@ -859,7 +859,7 @@ def test_cutmix_boxes_have_the_published_distribution():
 # Runs ---------------------------------------------------------------------------------------------
 TINY = (
     "--clip toy --clip-weights none --crop 32 --fit off --stride 32 --batch 2 --micro-batch 2 "
-    "--workers 0 --conf 0.1 --guidance-conf 0.1 --lr 1e-3 --vit-lr 5e-4 --device cpu "
+    "--workers 0 --conf-thresh 0.1 --guidance-conf-thresh 0.1 --lr 1e-3 --vit-lr 5e-4 --device cpu "
     "--labels 2 --steps 4 --evals 1"
 ).split()
 LONG = "--steps 12 --evals 3 --save-every 3".split()
@@ -1031,7 +1031,7 @@ def test_bf16_changes_losses_by_little_and_similarities_not_at_all(folder, tmp_p
     losses = {}
     for precision in ("fp32", "bf16"):
         out = tmp_path / precision
-        assert run(folder, out, "--steps", 1, "--conf", 0, "--precision", precision) == 0
+        assert run(folder, out, "--steps", 1, "--conf-thresh", 0, "--precision", precision) == 0
         losses[precision] = logged(out)[0]
     assert losses["bf16"]["total"] != losses["fp32"]["total"]
     for name in LOSSES[:4] + ["total"]:
@@ -1052,7 +1052,7 @@ def test_best_is_the_first_step_of_the_best_validation(whole):
     lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
     miou = {line["step"]: line["val_miou"] for line in lines if "val_miou" in line}
     best = semivl.load_file(whole / "best.pt")
-    assert len(miou) == 3 and best["best"] == max(miou.values())
+    assert len(miou) == 3 and best["val_best"] == max(miou.values())
     assert best["step"] == max(miou, key=miou.get) and "student" not in best
 
 
@@ -1093,7 +1093,7 @@ def test_unlabelled_images_teach_what_one_mask_cannot(tmp_path):
     folder, miou = make_patterns(tmp_path / "patterns"), {}
     options = (
         "--labels 1 --crop 64 --scale-min 1 --scale-max 1 --decoder vision --finetune all "
-        "--guidance 0 --ema 0.9 --conf 0.5 --vit-lr 1e-3 --steps 100"
+        "--guidance 0 --ema 0.9 --conf-thresh 0.5 --vit-lr 1e-3 --steps 100"
     ).split()
     for unlabelled in ("off", "on"):
         out = tmp_path / unlabelled
@@ -1105,7 +1105,7 @@ def test_unlabelled_images_teach_what_one_mask_cannot(tmp_path):
 def test_micro_batches_accumulate_to_the_whole_batch(folder, tmp_path, monkeypatch):
     # Dropout would draw other numbers. Without padding every image has as many valid pixels.
     monkeypatch.setattr(F, "dropout2d", lambda f, p: f)
-    options = "--steps 1 --conf 0 --scale-min 1.5 --micro-batch".split()
+    options = "--steps 1 --conf-thresh 0 --scale-min 1.5 --micro-batch".split()
     for size in (2, 1):
         assert run(folder, tmp_path / str(size), *options, size) == 0
     one, other = (logged(tmp_path / str(size))[0] for size in (2, 1))
@@ -1358,7 +1358,7 @@ MISTAKES = {  # what is wrong -> (file, content or picture; or options), words o
     "a folder for a checkpoint": "--eval masks | is a directory",
     "a file for a run": "--resume dataset.json | dataset.json/last.pt",
     "an output folder that is taken": "--out splits | --out splits is there already",
-    "a number out of range": "--conf 2 | out of range: --conf",
+    "a number out of range": "--conf-thresh 2 | out of range: --conf-thresh",
     "another rate beside --resume": "--resume . --lr 1 | not together with --resume: --lr",
     "an unknown folder": "--dataset nowhere | nowhere/dataset.json",
 }
