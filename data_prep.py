@@ -942,7 +942,7 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
     folder = f'"{folder}"' if " " in str(folder) else folder
     count = left if bare else max(1, left // 4)
     alone = " --unlabelled off" if left == 1 and not bare else ""
-    print(f"next: python semivl.py --dataset {folder} --labels {count}{alone}")
+    print(f"next:\n    python semivl.py --dataset {folder} --labels {count}{alone}")
 
 
 # The check of a canonical folder ------------------------------------------------------------------

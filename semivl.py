@@ -1522,7 +1522,8 @@ def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
         require("hf_tokenizer_name" not in config["text_cfg"], told)  # words of another kind
         if weights == "none":
             return open_clip.CLIP(**config), config
-        if name.startswith("local-dir:"):  # it has its own weights
+        if name.startswith("local-dir:"):
+            require(weights == "openai", f"{name} has its own weights; drop --clip-weights")
             return open_clip.create_model(name, require_pretrained=True), config
         # The wrong GELU costs accuracy, and nothing else would tell.
         quick = config.get("quick_gelu", False)

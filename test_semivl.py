@@ -1345,6 +1345,7 @@ MISTAKES = {  # what is wrong -> (file, content or picture; or options), words o
     "nothing left unlabelled": ("splits/train.txt", pairs(0, 1), "--unlabelled off"),
     "more labels than masks": "--labels 200 | --labels 200",
     "unknown CLIP": "--clip ViT-Z | ViT-Z",
+    "weights for a folder that has its own": "--clip toy --clip-weights bad.pt | its own weights",
     "a CLIP with a foreign text tower": "--clip roberta-ViT-B-32 | roberta-ViT-B-32",
     "QuickGELU weights for a GELU model": "--clip ViT-B-16 --clip-weights openai | quickgelu",
     "malicious weights": "--clip ViT-S-32-alt --clip-weights bad.pt | bad.pt",
