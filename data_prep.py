@@ -7,7 +7,7 @@
     python data_prep.py FOLDER --images EXPORT       from an export of CVAT, Roboflow or labelme
     python data_prep.py FOLDER                       checks a folder that is there
 
-Published sets and the toy world are made in data/, or in --root. A data folder looks like this:
+Published sets and the toy world are made in data/. A data folder looks like this:
 
     FOLDER/dataset.json            {"classes": ["sky", "car"], "definitions": {"car": ["van"]}}
     FOLDER/splits/train.txt        "IMAGE MASK" or "IMAGE" a line, paths relative to FOLDER
@@ -111,36 +111,89 @@ ADE20K_CLASSES = (
     "bulletin board|shower|radiator|glass|clock|flag"
 ).split("|")
 
+# The published definitions (SemiVL): class -> its concepts, with | between them. Misspellings, such
+# as "wolve", are as published.
+DEFINITIONS = {
+    "voc": {
+        "background": (
+            "background|bed|building|cabinet|ceiling|curtain|door|fence|floor|grass|ground|"
+            "mountain|road|rock|shelves|sidewalk|sky|snow|tree|wall|water|window|hang glider|"
+            "helicopter|jet ski|go-cart|tractor|emergency vehicle|lorry|truck|lion|stool|bench|"
+            "wheelchair|coffee table|desk|side table|picnic bench|wolve|flowers in a vase|goat|"
+            "tram|laptop|advertising display|vehicle interior"
+        ),
+        "aeroplane": "aeroplane|airplane|glider",
+        "bicycle": "bicycle|tricycle|unicycle",
+        "bird": "bird",
+        "boat": "boat|ship|rowing boat|pedalo",
+        "bottle": "bottle|plastic bottle|glass bottle|feeding bottle",
+        "bus": "bus|minibus",
+        "car": "car|van|large family car|realistic toy car",
+        "cat": "cat|domestic cat",
+        "chair": "chair|armchair|deckchair",
+        "cow": "cow",
+        "diningtable": "dining table|table for eating at",
+        "dog": "dog|domestic dog",
+        "horse": "horse|pony|donkey|mule",
+        "motorbike": "motorbike|moped|scooter|sidecar",
+        "person": "person|people|baby|face",
+        "pottedplant": "potted plant|indoor plant in a pot|outdoor plant in a pot",
+        "sheep": "sheep",
+        "sofa": "sofa",
+        "train": "train|train carriage",
+        "tvmonitor": "tv|monitor|standalone screen",
+    },
+    "cityscapes": {
+        "road": "road|street|parking space",
+        "sidewalk": "sidewalk",
+        "building": "building|skyscaper|house|bus stop building|garage|car port|scaffolding",
+        "wall": "individual standing wall, which is not part of a building",
+        "fence": "fence|hole in fence",
+        "pole": "pole|sign pole|traffic light pole",
+        "traffic light": "traffic light",
+        "traffic sign": "traffic sign|parking sign|direction sign",
+        "vegetation": "vegetation|tree|hedge",
+        "terrain": "terrain|grass|soil|sand",
+        "sky": "sky",
+        "person": (
+            "person|pedestrian|walking person|standing person|person sitting on the ground|"
+            "person sitting on a bench|person sitting on a chair"
+        ),
+        "rider": "rider|cyclist|motorcyclist",
+        "car": "car|jeep|SUV|van",
+        "truck": "truck|box truck|pickup truck|truck trailer",
+        "bus": "bus",
+        "train": "train|tram",
+        "motorcycle": "motorcycle|moped|scooter",
+        "bicycle": "bicycle",
+    },
+}
+
 
 def cityscapes_trained() -> list:
-    """Of the 34 classes in the files of Cityscapes, the 19 that are trained, in their order."""
+    """Of the 34 classes in the files of Cityscapes, the 19 that are trained."""
     from torchvision.datasets import Cityscapes
 
-    trained = [c for c in Cityscapes.classes if 0 <= c.train_id < IGNORE]
-    return sorted(trained, key=lambda c: c.train_id)
+    return [c for c in Cityscapes.classes if 0 <= c.train_id < IGNORE]
 
 
-def class_names(name: str) -> list[str]:
-    """The classes of a published set, in the order of mask values, spelled as published."""
-    from torchvision.models import detection, segmentation
-
-    if name == "cityscapes":
-        return [c.name for c in cityscapes_trained()]
+def describe(name: str) -> dict:
+    """dataset.json of a published set: its classes, in the order of mask values, and concepts."""
+    if name in DEFINITIONS:
+        concepts = {title: text.split("|") for title, text in DEFINITIONS[name].items()}
+        return {"classes": [*concepts], "definitions": concepts}
     if name == "ade20k":
-        return ADE20K_CLASSES
-    if name == "voc":
-        weights = segmentation.DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1
-    else:
-        weights = detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1
-    things = weights.meta["categories"][1:]  # the first is __background__
-    return ["background"] + [thing for thing in things if thing != "N/A"]
+        return {"classes": ADE20K_CLASSES}
+    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+
+    things = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]  # without __background__
+    return {"classes": ["background"] + [thing for thing in things if thing != "N/A"]}
 
 
 class Archive(NamedTuple):
     name: str
-    host: str | None  # what stands before the name in its URL; None: it needs a login
-    size: float  # GB, about
-    md5: str | None  # if it is known
+    host: str | None = None  # what stands before the name in its URL; None: it needs a login
+    md5: str | None = None  # if it is known
 
 
 VOC_HOST = "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/"
@@ -150,21 +203,16 @@ ADE20K_HOST = "http://data.csail.mit.edu/places/ADEchallenge/"
 COMMIT = "13ee65d6f27e197e0b55d987b346fc880fc811ca"  # of the authors' lists: they cannot change
 LIST_HOST = f"https://raw.githubusercontent.com/google-research/semivl/{COMMIT}/splits/"
 ARCHIVES = {
-    "voc": [
-        Archive("VOCtrainval_11-May-2012.tar", VOC_HOST, 2.0, "6cd6e144f989b92b3379bac3b3de84fd")
-    ],
+    "voc": [Archive("VOCtrainval_11-May-2012.tar", VOC_HOST, "6cd6e144f989b92b3379bac3b3de84fd")],
     "coco": [
-        Archive("train2017.zip", COCO_HOST, 19.3, "cced6f7f71b7629ddf16f17bbcfab6b2"),
-        Archive("val2017.zip", COCO_HOST, 0.8, "442b8da7639aecaf257c1dceb8ba8c80"),
-        Archive("ground_truth_coco.zip", SEMIVL_HOST, 0.5, None),
+        Archive("train2017.zip", COCO_HOST, "cced6f7f71b7629ddf16f17bbcfab6b2"),
+        Archive("val2017.zip", COCO_HOST, "442b8da7639aecaf257c1dceb8ba8c80"),
+        Archive("ground_truth_coco.zip", SEMIVL_HOST),
     ],
     "ade20k": [
-        Archive("ADEChallengeData2016.zip", ADE20K_HOST, 1.0, "7328b3957e407ddae1d3cbf487f149ef")
+        Archive("ADEChallengeData2016.zip", ADE20K_HOST, "7328b3957e407ddae1d3cbf487f149ef")
     ],
-    "cityscapes": [
-        Archive("leftImg8bit_trainvaltest.zip", None, 11.6, None),
-        Archive("gtFine_trainvaltest.zip", None, 0.25, None),
-    ],
+    "cityscapes": [Archive("leftImg8bit_trainvaltest.zip"), Archive("gtFine_trainvaltest.zip")],
 }
 TOP = {"voc": "VOCdevkit/VOC2012", "ade20k": "ADEChallengeData2016"}  # folder in the archive
 COUNTS = {  # training images, validation images
@@ -195,27 +243,19 @@ TRAIN_IMAGES = {  # where all training images lie; VOC has a list of them
 }
 
 
-def is_in(source: str | None, archive: Archive) -> bool:
-    return source is not None and (Path(source) / archive.name).is_file()
-
-
-def fetch(archive: Archive, folder: Path, downloads: Path, source: str | None) -> None:
-    """Unpacks an archive into the folder, from `source` if it is there, else from `downloads`,
-    where it is fetched unless it is there, too."""
+def fetch(archive: Archive, folder: Path, place: Path, md5: str | None) -> None:
+    """Unpacks an archive into the folder. It lies in `place`, or is fetched to it."""
     from torchvision.datasets.utils import download_url
 
-    own = is_in(source, archive)
+    file = place / archive.name
     told = f"{archive.name} is behind the login of cityscapes-dataset.com; give --source FOLDER"
-    require(own or archive.host, told)
-    place = Path(source) if own else downloads
-    md5 = None if own else archive.md5  # the user may have packed it anew
-    print(f"{archive.size:5.1f} GB  {place / archive.name}", flush=True)
-    with blame(f"{place / archive.name} is damaged or cannot be had; put it into --source FOLDER"):
-        url = f"{archive.host}{archive.name}"
-        download_url(url, str(place), archive.name, md5)
+    require(archive.host or file.is_file(), told)
+    print(file, flush=True)
+    with blame(f"{file} is damaged or cannot be had; put it into --source FOLDER"):
+        download_url(f"{archive.host}{archive.name}", str(place), archive.name, md5)
         # "data" refuses paths and links that lead out of the folder; for zip this is always so.
         safely = {} if archive.name.endswith(".zip") else {"filter": "data"}
-        shutil.unpack_archive(place / archive.name, folder, **safely)
+        shutil.unpack_archive(file, folder, **safely)
 
 
 def change_masks(files: list[Path], table: np.ndarray) -> None:
@@ -264,7 +304,7 @@ def settle(name: str, folder: Path) -> None:
         files = folder.glob(TRAIN_IMAGES[name])
         images = sorted(file.relative_to(folder).as_posix() for file in files)
     train.write_text("\n".join(images), encoding="utf-8")
-    write_json(folder / "dataset.json", {"classes": class_names(name)})
+    write_json(folder / "dataset.json", describe(name))
 
     counts = dict(zip(("train.txt", "val.txt"), COUNTS[name]))
     for file in ("train.txt", *LISTS[name]):
@@ -275,50 +315,45 @@ def settle(name: str, folder: Path) -> None:
     check_folder(folder)
 
 
-def make_published(name: str, folder: Path, downloads: Path, source: str | None) -> None:
-    """Fills `folder` from the archives and lists in `source`, or fetched to `downloads`."""
+def make_published(name: str, folder: Path, source: str | None) -> None:
+    """Fills `folder` from archives and lists. What `source` lacks is fetched into it."""
     from torchvision.datasets.utils import download_url
 
-    print(f"making {downloads.parent / name}; fetched files stay in {downloads} until the end")
+    place = Path(source or "data/downloads")
+    print(f"making data/{name}; archives are kept in {place}, and can be removed afterwards")
     for archive in ARCHIVES[name]:
-        fetch(archive, folder, downloads, source)
+        fetch(archive, folder, place, md5=None if source else archive.md5)  # or packed anew
     for new, path in LISTS[name].items():
         file = folder / "splits" / new
         file.parent.mkdir(parents=True, exist_ok=True)
         if not path:
             file.write_text(ade20k_list(new), encoding="utf-8")
-        elif source and (Path(source) / "splits" / path).is_file():
-            shutil.copy(Path(source) / "splits" / path, file)
+        elif (place / "splits" / path).is_file():
+            shutil.copy(place / "splits" / path, file)
         else:
             with blame(LIST_HOST + path):
                 download_url(LIST_HOST + path, str(file.parent), file.name)
     settle(name, folder)
-    for archive in ARCHIVES[name]:
-        if not is_in(source, archive):
-            (downloads / archive.name).unlink()
-    with contextlib.suppress(OSError):
-        downloads.rmdir()  # unless the user keeps something there
 
 
-def prepare(name: str, root="data", source: str | None = None) -> Path:
-    """Makes root/NAME, complete or not at all, if it is not there already, and returns its path.
-    source: a folder with the archives (and perhaps the lists, under splits/)."""
-    root, target = Path(root), Path(root) / name
+def prepare(name: str, source: str | None = None) -> Path:
+    """Makes data/NAME, complete or not at all, if it is not there already, and returns its path.
+    source: a folder with archives (and perhaps lists, under splits/)."""
+    root, target = Path("data"), Path("data", name)
     require(name != "toy" or not source, "--source does not go with toy: nothing is fetched for it")
     require(not source or Path(source).is_dir(), f"--source {source}: there is no such folder")
     if (target / "dataset.json").is_file():
         return target
     require(not target.exists(), f"{target} is no data folder; move it away and start again")
-    root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as temporary:
         folder = Path(temporary) / name  # other users may read it, unlike the temporary folder
         folder.mkdir()
         if name == "toy":
             make_toy(folder)
         else:
-            make_published(name, folder, root / "downloads", source)
-        if not target.exists():  # else another process has made it meanwhile: use that one
-            folder.rename(target)
+            make_published(name, folder, source)
+        folder.rename(target)
     return target
 
 
@@ -948,13 +983,6 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
 # The check of a canonical folder ------------------------------------------------------------------
 
 
-def read_json(home: Path) -> dict:
-    with blame(home / "dataset.json"):
-        content = json.loads((home / "dataset.json").read_text("utf-8-sig"))
-        require(isinstance(content["classes"], list), "'classes' should be a list of names")
-        return content
-
-
 def read_lists(home: Path) -> dict[str, list]:
     """Name of a list (train, val, 8/labeled) -> pairs of files (image, mask or None)."""
     lists = {}
@@ -1042,10 +1070,10 @@ def check(classes: list[str], lists: dict[str, list]) -> None:
 
 def check_folder(home: Path) -> None:
     """The check of a folder on disk."""
-    content = read_json(home)
-    old = "colors" in content or content.get("ignore_index", IGNORE) != IGNORE
-    require(not old, f"{home}: an older folder, of masks in colours; make it anew from --images")
-    check(content["classes"], read_lists(home))
+    with blame(home / "dataset.json"):
+        classes = json.loads((home / "dataset.json").read_text("utf-8-sig"))["classes"]
+        require(isinstance(classes, list), "'classes' should be a list of names")
+    check(classes, read_lists(home))
 
 
 def main(argv=None) -> int:
@@ -1054,28 +1082,25 @@ def main(argv=None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     sets = ["toy", *ARCHIVES]
-    own = parser.add_argument_group("your own pictures")
+
     parser.add_argument("dataset", metavar="NAME", help=f"{', '.join(sets)}, or a FOLDER")
-    parser.add_argument("--root", help="where the named sets are kept [data]")
     parser.add_argument("--source", metavar="FOLDER", help="that has the archives of a named set")
-    own.add_argument("--images", metavar="DIR", nargs="+", help="pictures, also in subfolders")
-    own.add_argument("--masks", metavar="DIR", nargs="+", help="their masks [those in --images]")
-    own.add_argument("--classes", metavar="a,b,c", help="names of the mask values 0, 1, 2 ...")
-    own.add_argument("--labelmap", metavar="FILE", help="or a file of CVAT, Roboflow, labelme")
-    own.add_argument("--val", type=float, help="share of the masks that validates [0.2]")
+    parser.add_argument("--images", metavar="DIR", nargs="+", help="pictures, also in subfolders")
+    parser.add_argument("--masks", metavar="DIR", nargs="+", help="their masks [those in --images]")
+    parser.add_argument("--classes", metavar="a,b,c", help="names of the mask values 0, 1, 2 ...")
+    parser.add_argument("--labelmap", metavar="FILE", help="or a file of CVAT, Roboflow, labelme")
+    parser.add_argument("--val", type=float, help="share of the masks that validates [0.2]")
     # A mistake is told in one line, as are those below; argparse would print its usage before it.
     parser.error = lambda message: parser.exit(2, f"data_prep.py: {message}\n")
     args = vars(parser.parse_args(argv))
-    name, root, source = map(args.pop, ("dataset", "root", "source"))
+    name, source = args.pop("dataset"), args.pop("source")
     given = {key: value for key, value in args.items() if value is not None}
     try:
         if name in sets:
             require(not given, f"{name} is made as published, without these options")
-            present = (Path(root or "data") / name).exists()
-            path = prepare(name, root or "data", source)
-            print(f"{path} is there already; nothing to do" if present else f"{path} is complete")
+            print(f"{prepare(name, source)} is complete")
             return 0
-        require(not root and not source, f"{name} is none of {', '.join(sets)}")
+        require(not source, f"{name} is none of {', '.join(sets)}")
         if "images" in given:
             if "classes" in given:
                 given["classes"] = [word.strip() for word in given["classes"].split(",")]
@@ -1088,7 +1113,7 @@ def main(argv=None) -> int:
     except (UserError, OSError) as error:  # all else is a bug, and keeps its traceback
         message, code = str(error), 2
     except KeyboardInterrupt:
-        message, code = "interrupted" + "; what was fetched is kept" * (name in sets), 130
+        message, code = "interrupted; what was fetched is kept", 130
     print(f"data_prep.py: {message}", file=sys.stderr)  # only here are all progress bars closed
     return code
 
