@@ -9,7 +9,7 @@
 
 Published sets and the toy world are made in data/. A data folder looks like this:
 
-    FOLDER/dataset.json            {"classes": ["sky", "car"], "definitions": {"car": ["van"]}}
+    FOLDER/dataset.json            {"classes": ["sky", "car"], "definitions": {"car": ["auto"]}}
     FOLDER/splits/train.txt        "IMAGE MASK" or "IMAGE" a line, paths relative to FOLDER
     FOLDER/splits/val.txt          "IMAGE MASK" a line; test.txt, optional, the same
     FOLDER/splits/8/labeled.txt    optional: the images that --labels 8 uses
@@ -94,7 +94,6 @@ def write_json(file: Path, content: dict) -> None:
 
 
 # The published data sets --------------------------------------------------------------------------
-
 ADE20K_CLASSES = (
     "wall|building|sky|floor|tree|ceiling|road|bed|windowpane|grass|cabinet|sidewalk|person|earth|"
     "door|table|mountain|plant|curtain|chair|car|water|painting|sofa|shelf|house|sea|mirror|rug|"
@@ -168,13 +167,6 @@ DEFINITIONS = {
         "bicycle": "bicycle",
     },
 }
-
-
-def cityscapes_trained() -> list:
-    """Of the 34 classes in the files of Cityscapes, the 19 that are trained."""
-    from torchvision.datasets import Cityscapes
-
-    return [c for c in Cityscapes.classes if 0 <= c.train_id < IGNORE]
 
 
 def describe(name: str) -> dict:
@@ -289,9 +281,12 @@ def settle(name: str, folder: Path) -> None:
         table = np.arange(256, dtype=np.uint8) - 1
         change_masks(sorted(folder.glob("annotations/*/*.png")), table)
     if name == "cityscapes":
+        from torchvision.datasets import Cityscapes
+
         table = np.full(256, IGNORE, np.uint8)
-        for c in cityscapes_trained():
-            table[c.id] = c.train_id
+        for c in Cityscapes.classes:
+            if 0 <= c.train_id < IGNORE:
+                table[c.id] = c.train_id
         change_masks(sorted(folder.glob("gtFine/*/*/*_labelIds.png")), table)
     if name == "coco":  # where the archive has the masks is not published
         (folder / "masks").mkdir(exist_ok=True)
@@ -571,20 +566,11 @@ def encode_mosaic(model, crops):
     return tiles.permute(0, 2, 3, 1).flatten(0, 2) @ model.visual.proj
 
 
-def contrastive_loss(images, texts, caption, scale):
-    """CLIP's loss for embeddings [N, E]; images with the same caption [N] share the target."""
-    import torch.nn.functional as F
-
-    logits = scale * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
-    same = (caption[:, None] == caption).float()
-    target = same / same.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
 def pretrain_tiny_clip(images: list[Image.Image], captions: list[str]):
     """Contrastive pre-training on images [60, 60] with one caption each -> open_clip.CLIP."""
     import open_clip
     import torch
+    import torch.nn.functional as F
     from torchvision.transforms import v2
 
     images = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
@@ -609,7 +595,11 @@ def pretrain_tiny_clip(images: list[Image.Image], captions: list[str]):
         crops = normalize(crops / 255)
         used, which = torch.unique(caption[batch], return_inverse=True)
         words = model.encode_text(texts[used])[which]
-        loss = contrastive_loss(encode_mosaic(model, crops), words, which, model.logit_scale.exp())
+        crops = F.normalize(encode_mosaic(model, crops), dim=-1)
+        logits = model.logit_scale.exp() * crops @ F.normalize(words, dim=-1).T
+        same = (which[:, None] == which).float()  # images with one caption share the target
+        target = same / same.sum(1, keepdim=True)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -981,8 +971,6 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
 
 
 # The check of a canonical folder ------------------------------------------------------------------
-
-
 def read_lists(home: Path) -> dict[str, list]:
     """Name of a list (train, val, 8/labeled) -> pairs of files (image, mask or None)."""
     lists = {}
@@ -1019,12 +1007,12 @@ def image_size(file: Path, turned: list) -> tuple[int, int]:
 def mask_pixels(file: Path, count: int, size: tuple) -> np.ndarray:
     """Pixels of each value of a canonical mask with `count` classes, for an image of that size."""
     with blame(file), Image.open(file) as mask:
-        exact = mask.mode == "P" or (mask.mode == "L" and mask.tile[0][3] == "L")
+        exact = mask.mode in ("P", "I;16") or (mask.mode == "L" and mask.tile[0][3] == "L")
         told = f"{mask.format} of mode {mask.mode} is no PNG of class numbers, grey or palette"
         require(exact and mask.format == "PNG", f"{told}, 8 bits; make it anew from --images")
         require(mask.size == size, f"{mask.size} pixels, but its image has {size} upright")
-        pixels = np.array(mask.histogram()[:256])
-        wrong = [value for value in range(count, IGNORE) if pixels[value]]
+        pixels = np.bincount(np.asarray(mask).ravel(), minlength=256)
+        wrong = [v for v in np.flatnonzero(pixels).tolist() if v >= count and v != IGNORE]
         require(not wrong, f"no class has {wrong[:8]}; classes are 0 to {count - 1}")
         return pixels
 

@@ -917,7 +917,7 @@ def test_predictions_are_not_overwritten_and_have_the_size_of_the_image(whole, t
         assert mask.mode == "P" and mask.size == (70, 33) and np.array(mask).max() < 6
         assert Image.open(tmp_path / out / "a-overlay.png").size == (70, 33)
     assert semivl.main(["--predict", last, image, "--out", str(tmp_path / out)]) == 2
-    assert semivl.main(["--predict", last, image, image]) == 2
+    assert semivl.main(["--predict", last, image, image]) == 0
 
 
 # Mistakes end in one line, and nothing is left behind ---------------------------------------------
