@@ -8,8 +8,8 @@ takes a crop x of a labelled image with its mask y, and a crop w of an unlabelle
     STUDENT         x                                           loss x, with the mask y
     EMA TEACHER     w                                           pseudo-labels and their confidence
     FROZEN CLIP     w                                           labels from the words of the classes
-    STUDENT         s1, s2: w recoloured, in it a box of        losses s1, s2, with the labels of w
-                    another image (CutMix)                      and, in the box, of that image
+    STUDENT         s1, s2: w recoloured, in half of them a     losses s1, s2, with the labels of w
+                    box of another image (CutMix)               and, in the box, of that image
     STUDENT         w, half of the feature channels off (fp)    loss fp, with the labels of w
 
 The EMA teacher is our addition: in the published method the student makes the pseudo-labels
@@ -28,16 +28,17 @@ The ideas of the paper, the last of them from UniMatch (Yang et al., CVPR 2023):
 
     class definitions: several words for a class         section 2    describe_classes
     CLIP as pre-training, an embedding for every patch   section 3    DenseCLIP
-    spatial fine-tuning: only attention trains           section 4    spatial_fine_tuning
+    spatial fine-tuning: attention and positions train   section 4    spatial_fine_tuning
     language-guided decoder: from similarity to mask     section 5    LanguageGuidedDecoder
     dense CLIP guidance: frozen CLIP labels w, too       section 6    FrozenGuidance
     consistency: w's labels hold in harder views of w    sections 7, 8  STRONG_VIEWS, training_step
 
-`training_step` is the table further up as code. Sections 9 to 13 make a program of it. Sections 2,
-4, 5, 6 and 8 say what their idea buys on the toy world: test mIoU with 4 masks, mean of 10 seeds
-(or of the first 5, where it says so), with the preset "toy". Over seeds, differences vary by about
-3 (one sd), so the toy world cannot judge all ideas. `pytest -k equal` compares this file with
-numbers that the authors' code computed: all stages of the networks, losses, norms of gradients.
+`training_step` is the table further up as code. Sections 9 to 13 make a program of it; whoever
+wants the method alone stops after section 8. Sections 2, 4, 5, 6 and 8 say what their idea buys on
+the toy world: test mIoU with 4 masks, mean of 10 seeds (or of the first 5, where it says so), with
+the preset "toy". The sd of a difference over seeds is 0.4 to 5.8, so the toy world cannot judge all
+ideas. `pytest -k equal` compares this file with numbers that the authors' code computed: SemiVL's
+forward pass stage by stage, losses, norms of gradients. (DeepLabV3+ is not compared.)
 
 Letters for shapes, in every comment: B images, N classes, K concepts, H x W image, P patch side,
 gh x gw patches (H/P, W/P rounded up), T = 1 + gh*gw tokens, D width of the ViT, E width of CLIP's
@@ -84,7 +85,7 @@ from tqdm import tqdm
 @dataclasses.dataclass
 class Config:
     # Data
-    dataset: str = "voc"  # voc, coco, ade20k, cityscapes, toy, FOLDER; command line without it: toy
+    dataset: str = "voc"  # voc, coco, ade20k, cityscapes, toy or FOLDER; if it is not typed: toy
     labels: int = 92  # how many images are labelled; all others of train.txt are used without mask
     crop: int = 512  # side of the training crop and of the test window, pixels
     fit: bool = True  # on: short side = crop (training: crop * scale); off: own size (times scale)
@@ -129,7 +130,9 @@ class Config:
 
     def __post_init__(self):
         # Settings of a checkpoint, or of Config(...) in Python, are not read by argparse.
-        for name, value in vars(self).items():
+        for name, kind in Config.__annotations__.items():
+            value, choices = getattr(self, name), get_args(kind)
+            require(not choices or value in choices, f"setting {name}: one of {choices}")
             require(isinstance(value, str) or value >= 0, f"setting {name}: not below 0")
         for name in "labels crop epochs batch micro_batch evals save_every".split():
             require(getattr(self, name) >= 1, f"setting {name}: at least 1")
@@ -524,8 +527,8 @@ class VisionDecoder(nn.Module):
 # difference there: 70.4, without it 70.3 (5 seeds).
 def drop_channels(features: torch.Tensor, count: int) -> torch.Tensor:
     """UniMatch's feature perturbation of the last `count` items of a batch [B, ., gh, gw]: each
-    channel becomes 0 with p = 1/2, else it doubles. It is a kind of change that no change of an
-    image's colours makes; the student has to reach the same labels from half of what it saw."""
+    channel becomes 0 with p = 1/2, else it doubles. Recolouring changes the image; this changes the
+    features. The student has to predict the same labels from about half of its channels."""
     kept, perturbed = features.split([len(features) - count, count])
     return torch.cat([kept, F.dropout2d(perturbed, 0.5)])
 
@@ -583,8 +586,8 @@ class FrozenGuidance(nn.Module):
 
 class EMATeacher:
     """Mean teacher: `model` is an exponential moving average of the student; it labels crops w.
-    Averaging smooths out the mistakes of single steps. The average is also what is evaluated and
-    saved, as in UniMatch V2. With decay 0 it equals the student, but in eval mode."""
+    Averaging smooths out the mistakes of single steps. The average is also what is evaluated, and
+    all that best.pt has, as in UniMatch V2. With decay 0 it is the student, but in eval mode."""
 
     def __init__(self, student: nn.Module, decay: float = 0.996):
         self.model, self.decay = frozen_copy(student), decay
@@ -606,8 +609,8 @@ class EMATeacher:
 # Every data set, published or your own, is one canonical folder. data_prep.py makes it of what you
 # have, and `python data_prep.py FOLDER` checks one that is written by hand:
 #     FOLDER/dataset.json      {"classes": ["sky", "car"], "definitions": {"car": ["car", "van"]}};
-#                              definitions are optional. One REPLACES the name, so repeat the name
-#                              in it if CLIP knows it
+#                              definitions are optional. A class with a list is looked for by the
+#                              list alone; put the name into it if CLIP should look for that, too
 #     FOLDER/splits/train.txt  an image per line: "IMAGE MASK", or "IMAGE" if it has no mask; a TAB
 #                              between them if a name has blanks; paths are relative to FOLDER
 #     FOLDER/splits/val.txt    "IMAGE MASK". Optional: test.txt; 8/labeled.txt, for --labels 8
@@ -617,7 +620,7 @@ class EMATeacher:
 # A labelled image gives a crop x of random scale, with its mask y. An unlabelled one gives a crop
 # w, the weak view; s1 and s2 are w recoloured, nothing in them moves. So a label of a pixel in w
 # is also the label of this pixel in s1 and s2, which is what section 8 needs. (CutMix, which does
-# move pixels, is there.)
+# move pixels, comes in section 8.)
 def read_image(file: Path) -> Image.Image:
     """Any image file -> RGB, turned upright as its EXIF orientation says."""
     with blame(file), Image.open(file) as image:
@@ -761,10 +764,10 @@ def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
 
 
 def random_size(height: int, width: int, cfg: Config) -> tuple[int, int]:
-    """A random (height, width) of the same aspect. With `fit`, r is uniform in [scale_min,
-    scale_max], and the size is the largest with a short side of at most crop * r and a long side of
-    at most 4 * crop * r (paper: 512 r, 2048 r; 500 x 375 becomes 683 x 512 at r = 1). Without, the
-    long side is multiplied by one random factor in [scale_min, scale_max]."""
+    """A random (height, width) of the same aspect. With `fit`: draw r from [scale_min, scale_max].
+    The short side becomes crop * r, or less if the long side would be above 4 * crop * r. (Paper:
+    512 r and 2048 r. At r = 1, 500 x 375 becomes 683 x 512.) Without `fit`: the image's own size
+    times a random factor from [scale_min, scale_max]."""
     long, short = max(height, width), min(height, width)
     # Random numbers are torch's everywhere: TrainingSet seeds torch alone.
     if cfg.fit:
@@ -875,7 +878,7 @@ class TrainingSet(Dataset):
 #     each in three views: s1 and s2 (w recoloured, CutMix), fp (w, half of the channels off)
 #     total = (L_x + (L_s + L_fp) / 2) / 2 + lambda * (G_s + G_fp) / 2
 # L_s and G_s are means over s1 and s2; L_x is the cross-entropy of the labelled crop x with its
-# mask; lambda = --guidance * (1 - t/T) at step t of T. Written out, the weights are 1/2 for L_x,
+# mask; lambda = --guidance * (1 - step / steps). Written out, the weights are 1/2 for L_x,
 # 1/8 for L_s1 and for L_s2, 1/4 for L_fp; lambda/4 for G_s1 and for G_s2, lambda/2 for G_fp.
 # Why two strong views? They are drawn independently and have the same labels, except in their
 # CutMix boxes. So the student also learns that they show the same.
@@ -883,7 +886,7 @@ class TrainingSet(Dataset):
 # student. So unsure ones are dropped (or their image counts less), and frozen CLIP, which never
 # follows, has its say. Its labels have coarse borders, so lambda falls to 0.
 # Toy world: 70.7 with all losses, 68.2 without G, 60.4 with L_x alone. With nearly no pseudo-label
-# but with G (--conf-thresh 1, 5 seeds) it has 70.6, with all losses 70.4: there G is enough.
+# but with G (--conf-thresh 1, 5 seeds) it has 70.6, with all losses 70.4: there, G alone is enough.
 class Targets(NamedTuple):
     """The targets of unlabelled images, per pixel; all [B, H, W]."""
 
@@ -977,7 +980,9 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
     memory the student works off the batch in micro-batches.
     student: SemiVL, perhaps in DistributedDataParallel. teacher: the model that labels. guidance:
     FrozenGuidance, or None. batch: stacked items of TrainingSet on one device, without "files".
-    step: from 0 to cfg.steps - 1; with cfg.seed it seeds torch, for the feature dropout.
+    step: from 0 to cfg.steps - 1; with cfg.seed it seeds torch, for the feature dropout. Of cfg it
+    reads unlabelled, batch, micro_batch, steps (above 0: `train` fills it in), seed, precision,
+    conf_thresh, weighting and guidance.
     Returns the losses of `semivl_loss`, means over micro-batches, and "kept": the share of pixels
     that have a confident pseudo-label."""
     device, size = batch["x"].device, len(batch["x"])
@@ -1007,8 +1012,9 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
         # With several processes only the last micro-batch exchanges gradients. This is a switch of
         # DistributedDataParallel; on a plain SemiVL it has no effect.
         student.require_backward_grad_sync = chunk.stop == size
-        # Step and image seed the feature dropout, so that a resumed run drops the same channels.
-        # TrainingSet uses the seeds from cfg.seed * 10**9 on; these are half of 10**9 above them.
+        # Each step and micro-batch has a seed of its own for the feature dropout, so that a resumed
+        # run drops the same channels. TrainingSet's seeds start at cfg.seed * 10**9; these start
+        # 10**9 // 2 above that, so that the two do not meet.
         first = step * cfg.batch + RANK * size + start
         torch.manual_seed(cfg.seed * 10**9 + 10**9 // 2 + first)
         # x, s1, s2, fp, one after the other: [views * micro, 3, crop, crop]
@@ -1048,8 +1054,8 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
 def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
     """Where windows start along a side of `size` pixels. The authors have two protocols. "logits":
     logits are averaged; if the last window would pass the edge, it moves back inside, so that all
-    windows are whole. "probabilities" (Cityscapes): probabilities are averaged, and a window that
-    passes the edge is cut short."""
+    windows are whole (an image below the window's size is one window). "probabilities"
+    (Cityscapes): probabilities are averaged, and a window that passes the edge is cut short."""
     if mode == "probabilities":
         return list(range(0, size, stride))
     last = max(size - window, 0)  # where the last window starts
@@ -1142,11 +1148,11 @@ def report(models: dict, folder: Folder, cfg: Config, device) -> dict:
 
 # 10. The run: how do steps become a trained model that can be stopped at any time? ----------------
 # Each step: learning rates, `training_step`, AdamW, EMA teacher; now and then an evaluation, and
-# last.pt. That file has the student, the teacher, the optimiser and the settings; the images and
-# CLIP's weights, of which frozen CLIP is made anew, have to be where they were. Items of data and
-# feature dropout depend on the seed and the step alone. So a run that was stopped goes on as if it
-# had not been stopped, bit for bit, with the same --micro-batch and processes (on a CPU; CUDA may
-# add in another order).
+# last.pt. That file has the student, the teacher, the optimiser and the settings. It has neither
+# the images nor frozen CLIP, so these and CLIP's weights have to be where they were. Items of data
+# and feature dropout depend on the seed and the step alone. So a run that was stopped goes on as if
+# it had not been stopped, bit for bit, with the same --micro-batch and processes (on a CPU; CUDA
+# may add in another order).
 # VOC's 80 epochs of 10,490 unlabelled images, 8 a step, are about 105,000 steps.
 # Under torchrun every process runs this file: item i goes to process i % WORLD, DDP averages the
 # gradients, evaluation shares the images, and process 0 alone prints and writes.
@@ -1172,8 +1178,8 @@ def sum_over_processes(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def learning_rate(base: float, step: int, steps: int) -> float:
-    """DeepLab's polynomial decay: base * (1 - t/T)^0.9, with t one less than the step. So steps 0
-    and 1 both run at the base rate, as published."""
+    """DeepLab's polynomial decay: base * (1 - (step - 1) / steps)^0.9. Step 0 has the base rate, as
+    step 1 has: as published."""
     return base * (1 - max(step - 1, 0) / steps) ** 0.9
 
 
@@ -1275,6 +1281,9 @@ def choose_images(folder: Folder, cfg: Config, saved: dict | None) -> tuple[list
     taken = {image for image, _ in labelled}
     unlabelled = [(image, None) for image, _ in folder.train if image not in taken]
     require(unlabelled or not cfg.unlabelled, "no image is left unlabelled: add --unlabelled off")
+    alone = math.gcd(cfg.micro_batch, cfg.batch // WORLD) == 1 and not cfg.unlabelled
+    told = "--decoder vision has batch norm: without unlabelled images take --micro-batch 2"
+    require(cfg.decoder != "vision" or not alone, told)
     if cfg.unlabelled and cfg.batch == WORLD:
         say("note: a process has one image a step: CutMix finds no partner and does nothing")
     return labelled, unlabelled
@@ -1525,16 +1534,19 @@ def save_sheet(file: Path, folder: Folder, models: dict, cfg: Config, device) ->
     sheet.save(file)
 
 
-def predict(checkpoint: str, files: list[str], changes: dict) -> None:
-    """--predict: NAME-mask.png (class numbers, in colours) and NAME-overlay.png of each image. Of
-    equal names the second one becomes NAME-2, so nothing is overwritten."""
+def predict(checkpoint: str, names: list[str], changes: dict) -> None:
+    """--predict: NAME-mask.png (class numbers, in colours) and NAME-overlay.png of each image, also
+    of those in a folder. Of equal names the second becomes NAME-2: nothing is overwritten."""
+    files = []
+    for path in map(Path, names):
+        files += sorted(path.iterdir()) if path.is_dir() else [path]
     require(files, "--predict CKPT IMAGE ...: name images, too")
     require(WORLD == 1, "--predict runs in one process, without torchrun")
     model, cfg, _ = load_checkpoint(checkpoint, **changes)
     device = pick_device(cfg.device)
     model.to(device)
     out = free_folder(cfg.out, Path(checkpoint).parent / "predictions")
-    for file in map(Path, progress(files, "predict")):
+    for file in progress(files, "predict"):
         image = read_image(file)
         name, number = file.stem, 1
         while (out / f"{name}-mask.png").exists():  # images of several folders
@@ -1610,8 +1622,8 @@ def run_command(typed: dict) -> None:
         require([*folder.classes] == [*classes], f"{folder.path}: other classes")
         report({"SemiVL": model.to(device)}, folder, cfg, device)
     elif "predict" in actions:
-        checkpoint, *files = actions["predict"]
-        predict(checkpoint, files, typed)
+        checkpoint, *names = actions["predict"]
+        predict(checkpoint, names, typed)
     else:
         dataset = typed.get("dataset", "toy")  # a FOLDER has no preset, so VOC's defaults
         preset = parse_args(PRESETS.get(dataset, "").split())
@@ -1643,6 +1655,7 @@ def main(argv=None) -> int:
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # for class names that a console cannot print
+        if hasattr(stream, "reconfigure"):  # a notebook's have not
+            stream.reconfigure(errors="replace")  # for class names that a console cannot print
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a scheduler sends: as Ctrl-C
     sys.exit(main())
