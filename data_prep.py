@@ -17,10 +17,9 @@ Published sets and the toy world are made in data/. A data folder looks like thi
 
 Your own pictures stay where they are, and their masks are written anew into FOLDER/masks. a.jpg
 goes with a.png or a_mask.png, also if one DIR holds both; images without mask train unlabelled.
-Folders called val or valid, and test, keep these roles; else --val draws masks to validate.
---classes names the mask values 0, 1, 2 ...; instead, --labelmap FILE takes labelmap.txt of CVAT,
-_classes.csv of Roboflow or a name a line, as labelme has it. What is called void, ignore or
-unlabeled is no class: its pixels have no label.
+Folders called val, valid or test keep these roles; else --val draws masks to validate. --classes
+names the mask values 0, 1, 2 ...; instead, --labelmap FILE takes labelmap.txt of CVAT, _classes.csv
+of Roboflow or a name a line, as labelme has it. Pixels of void, ignore or unlabeled have no label.
 """
 
 import argparse
@@ -110,8 +109,7 @@ ADE20K_CLASSES = (
     "bulletin board|shower|radiator|glass|clock|flag"
 ).split("|")
 
-# The published definitions (SemiVL): class -> its concepts, with | between them. Misspellings, such
-# as "wolve", are as published.
+# The published definitions: class -> concepts, with | between them; misspellings as published.
 DEFINITIONS = {
     "voc": {
         "background": (
@@ -368,56 +366,49 @@ CORPUS = 16_000  # images that CLIP is pre-trained on
 ZOOM = 3  # icons are painted this much larger, then averaged down, for smooth edges
 THINGS = {  # class -> colours and pattern of its body, then its icon
     "car": """crimson royalblue, plain
-poly skyblue -.62 -.05 -.4 -.6 .34 -.6 .66 -.05
-round body -1 -.14 1 .44; box body -.08 -.6 .04 0; disc #33323e -.76 .16 -.22 .7
-disc #33323e .22 .16 .76 .7; disc darkgray -.58 .34 -.4 .52; disc darkgray .4 .34 .58 .52
-disc gold .8 -.02 1 .18""",
+poly skyblue -.62 -.05 -.4 -.6 .34 -.6 .66 -.05; round body -1 -.14 1 .44; box body -.08 -.6 .04 0
+disc #33323e -.76 .16 -.22 .7; disc #33323e .22 .16 .76 .7; disc darkgray -.58 .34 -.4 .52
+disc darkgray .4 .34 .58 .52; disc gold .8 -.02 1 .18""",
     "boat": """white bisque, stripes
-poly sienna -1 .3 1 .3 .62 .88 -.66 .88
-box #33323e -.07 -1 .05 .3; poly body .1 -.95 .92 .18 .1 .18
-poly body -.14 -.7 -.8 .18 -.14 .18; box bisque -.9 .3 .9 .44""",
+poly sienna -1 .3 1 .3 .62 .88 -.66 .88; box #33323e -.07 -1 .05 .3
+poly body .1 -.95 .92 .18 .1 .18; poly body -.14 -.7 -.8 .18 -.14 .18; box bisque -.9 .3 .9 .44""",
     "rocket": """white, plain
-poly darkorange -.26 .6 .26 .6 0 1
-poly darkorange -.66 .74 -.3 .02 .3 .02 .66 .74; disc body -.4 -1 .4 .72
-poly darkorange -.27 -.62 0 -1 .27 -.62; disc royalblue -.22 -.36 .22 .08
+poly darkorange -.26 .6 .26 .6 0 1; poly darkorange -.66 .74 -.3 .02 .3 .02 .66 .74
+disc body -.4 -1 .4 .72; poly darkorange -.27 -.62 0 -1 .27 -.62; disc royalblue -.22 -.36 .22 .08
 disc skyblue -.13 -.27 .13 -.01""",
     "cat": """darkorange sienna, stripes
-poly body -.84 -1 -.86 .1 -.1 -.5
-poly body .84 -1 .86 .1 .1 -.5; poly pink -.7 -.66 -.7 -.2 -.4 -.44
-poly pink .7 -.66 .7 -.2 .4 -.44; disc body -.96 -.62 .96 .9; disc white -.44 .2 .44 .8
-disc #33323e -.54 -.2 -.22 .2; disc #33323e .22 -.2 .54 .2; poly pink -.16 .3 .16 .3 0 .48""",
+poly body -.84 -1 -.86 .1 -.1 -.5; poly body .84 -1 .86 .1 .1 -.5
+poly pink -.7 -.66 -.7 -.2 -.4 -.44; poly pink .7 -.66 .7 -.2 .4 -.44; disc body -.96 -.62 .96 .9
+disc white -.44 .2 .44 .8; disc #33323e -.54 -.2 -.22 .2; disc #33323e .22 -.2 .54 .2
+poly pink -.16 .3 .16 .3 0 .48""",
     "fish": """royalblue gold, dots
-poly body .4 0 1 -.6 .9 0 1 .6
-poly body -.3 -.4 .1 -.8 .35 -.3; disc body -1 -.54 .62 .54; disc white -.78 -.28 -.42 .08
-disc #33323e -.72 -.2 -.52 0""",
+poly body .4 0 1 -.6 .9 0 1 .6; poly body -.3 -.4 .1 -.8 .35 -.3; disc body -1 -.54 .62 .54
+disc white -.78 -.28 -.42 .08; disc #33323e -.72 -.2 -.52 0""",
     "ladybug": """crimson darkorange, dots
-disc #33323e -.42 -1 .42 -.2; disc body -.86 -.72 .86 .9
-box #33323e -.06 -.7 .06 .88; disc white -.3 -.94 -.1 -.74; disc white .1 -.94 .3 -.74""",
+disc #33323e -.42 -1 .42 -.2; disc body -.86 -.72 .86 .9; box #33323e -.06 -.7 .06 .88
+disc white -.3 -.94 -.1 -.74; disc white .1 -.94 .3 -.74""",
     "flower": """hotpink gold, plain
-box seagreen -.08 .2 .08 1
-poly seagreen 0 .84 .62 .44 .5 .84; disc body -.32 -1 .32 -.36; disc body -.32 -.24 .32 .4
-disc body -.74 -.62 -.1 .02; disc body .1 -.62 .74 .02; disc darkorange -.26 -.56 .26 -.04""",
+box seagreen -.08 .2 .08 1; poly seagreen 0 .84 .62 .44 .5 .84; disc body -.32 -1 .32 -.36
+disc body -.32 -.24 .32 .4; disc body -.74 -.62 -.1 .02; disc body .1 -.62 .74 .02
+disc darkorange -.26 -.56 .26 -.04""",
     "cactus": """yellowgreen, stripes
-round body -.3 -.96 .3 .7; round body -.86 -.4 -.54 .24
-round body .54 -.6 .86 .04; box body -.7 .02 -.2 .24; box body .2 -.18 .7 .04
-disc hotpink -.2 -1 .2 -.72; poly darkorange -.54 .5 .54 .5 .4 1 -.4 1""",
+round body -.3 -.96 .3 .7; round body -.86 -.4 -.54 .24; round body .54 -.6 .86 .04
+box body -.7 .02 -.2 .24; box body .2 -.18 .7 .04; disc hotpink -.2 -1 .2 -.72
+poly darkorange -.54 .5 .54 .5 .4 1 -.4 1""",
     "donut": """hotpink sienna, dots
-disc darkorange -.96 -.9 .96 .96; disc body -.9 -.9 .9 .8
-disc darkorange -.36 -.38 .36 .34; disc #0000 -.28 -.28 .28 .3""",
+disc darkorange -.96 -.9 .96 .96; disc body -.9 -.9 .9 .8; disc darkorange -.36 -.38 .36 .34
+disc #0000 -.28 -.28 .28 .3""",
     "castle": """pink bisque, stripes
-box body -.6 -.3 .6 .92; box body -.96 -.7 -.44 .92
-box body .44 -.7 .96 .92; poly royalblue -1 -.6 -.7 -1 -.4 -.6
-poly royalblue .4 -.6 .7 -1 1 -.6; box body -.36 -.5 -.14 -.2; box body .14 -.5 .36 -.2
-round #33323e -.24 .3 .24 .92""",
+box body -.6 -.3 .6 .92; box body -.96 -.7 -.44 .92; box body .44 -.7 .96 .92
+poly royalblue -1 -.6 -.7 -1 -.4 -.6; poly royalblue .4 -.6 .7 -1 1 -.6; box body -.36 -.5 -.14 -.2
+box body .14 -.5 .36 -.2; round #33323e -.24 .3 .24 .92""",
 }
 CLUTTER = {  # the same, for images of the corpus only
     "tree": """seagreen, plain
-box sienna -.18 .3 .18 1; disc body -.9 -.4 .1 .5
-disc body -.1 -.4 .9 .5; disc body -.6 -1 .6 .2; disc yellowgreen -.34 -.76 .06 -.4
-disc yellowgreen .3 -.16 .62 .12""",
+box sienna -.18 .3 .18 1; disc body -.9 -.4 .1 .5; disc body -.1 -.4 .9 .5; disc body -.6 -1 .6 .2
+disc yellowgreen -.34 -.76 .06 -.4; disc yellowgreen .3 -.16 .62 .12""",
     "rock": """darkgray, dots
-poly body -1 .7 -.8 -.2 -.3 -.7 .3 -.6 .9 .1 1 .7
-poly white -.6 -.1 -.3 -.5 .1 -.4 -.2 -.2""",
+poly body -1 .7 -.8 -.2 -.3 -.7 .3 -.6 .9 .1 1 .7; poly white -.6 -.1 -.3 -.5 .1 -.4 -.2 -.2""",
     "mushroom": """sienna, plain
 round bisque -.25 -.1 .25 .9; poly body -.9 .05 -.7 -.5 -.3 -.78 .3 -.78 .7 -.5 .9 .05""",
 }
@@ -542,8 +533,7 @@ class Painter:
         return image, caption + f" on a {ground}" * bool(names)
 
 
-# Pre-training of the tiny CLIP
-STEPS, LR = 1000, 3e-3
+STEPS, LR = 1000, 3e-3  # of the pre-training of the tiny CLIP
 BATCHES = {24: 192, 48: 96}  # side of the crops that CLIP sees -> images in a step, in turn
 VISION = dict(image_size=SCENE, patch_size=8, width=96, layers=3, head_width=32, pool_type="avg")
 TEXT = dict(context_length=16, vocab_size=49408, width=64, heads=2, layers=1)
@@ -655,9 +645,8 @@ def read_labelmap(file: Path) -> dict:
     names, kinds = {}, set()
     for at, line in enumerate(file.read_text("utf-8-sig", "replace").splitlines(), 1):
         line = re.sub(r"\s*([:,;\t])\s*", r"\1", line.strip())
-        title = re.fullmatch(
-            r"(pixel value|value|id|index)[,;\t].*|names?|class(es)?", line.lower()
-        )
+        head = r"(pixel value|value|id|index)[,;\t].*|names?|class(es)?"
+        title = re.fullmatch(head, line.lower())
         if not line or line[0] == "#" or (title and not names):
             continue
         if line == "__ignore__" and not names:  # labelme has it first, and does not count it
@@ -1057,7 +1046,6 @@ def check(classes: list[str], lists: dict[str, list]) -> None:
 
 
 def check_folder(home: Path) -> None:
-    """The check of a folder on disk."""
     with blame(home / "dataset.json"):
         classes = json.loads((home / "dataset.json").read_text("utf-8-sig"))["classes"]
         require(isinstance(classes, list), "'classes' should be a list of names")
@@ -1078,7 +1066,6 @@ def main(argv=None) -> int:
     parser.add_argument("--classes", metavar="a,b,c", help="names of the mask values 0, 1, 2 ...")
     parser.add_argument("--labelmap", metavar="FILE", help="or a file of CVAT, Roboflow, labelme")
     parser.add_argument("--val", type=float, help="share of the masks that validates [0.2]")
-    # A mistake is told in one line, as are those below; argparse would print its usage before it.
     parser.error = lambda message: parser.exit(2, f"data_prep.py: {message}\n")
     args = vars(parser.parse_args(argv))
     name, source = args.pop("dataset"), args.pop("source")
