@@ -42,8 +42,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
 
-# torch, torchvision and open_clip take seconds to import, and a folder of your own pictures needs
-# none of them. So they are imported in the functions that use them.
+# torch, torchvision and open_clip take seconds to import: the functions that need them do it.
 
 IGNORE = 255  # mask value of pixels that belong to no class
 SHADES = random.Random(1).randbytes(768)  # a palette, for whoever looks at the masks

@@ -131,7 +131,8 @@ class Config:
     def __post_init__(self):
         # Settings of a checkpoint, or of Config(...) in Python, are not read by argparse.
         for name, kind in Config.__annotations__.items():
-            value, choices = getattr(self, name), get_args(kind)
+            value = getattr(self, name)
+            choices = get_args(kind)
             require(not choices or value in choices, f"setting {name}: one of {choices}")
             require(isinstance(value, str) or value >= 0, f"setting {name}: not below 0")
         for name in "labels crop epochs batch micro_batch evals save_every".split():
@@ -151,6 +152,7 @@ PRESETS = {
     "cityscapes": "--labels 100 --fit off --crop 801 --stride 534 --steps 83760 --micro-batch 1 "
     "--lr 5e-4 --vit-lr 5e-6 --conv-skip on --decoder-text mean --weighting mean "
     "--window-mode probabilities",
+    # Found by trials on the toy's validation scenes: .github/LADDER.md.
     "toy": "--dataset toy --labels 4 --fit off --crop 96 --scale-min 0.8 --scale-max 1.25 "
     "--workers 0 --clip toy --decoder-channels 32 --conf-thresh 0.8 --guidance 0.5 "
     "--guidance-conf-thresh 0.8 --ema 0.98 --steps 300 --batch 2 --lr 2e-3 --vit-lr 3e-4 --evals 2",
@@ -261,7 +263,8 @@ class LeanQuickGELU(nn.Module):
 
 def value_path(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A block of open_clip's ViT on tokens [B, T, D], each of which attends to itself alone."""
-    attn, D = block.attn, x.shape[-1]
+    attn = block.attn
+    D = x.shape[-1]
     weight, bias = attn.in_proj_weight[2 * D :], attn.in_proj_bias[2 * D :]  # rows: q, k, values
     values = F.linear(block.ln_1(x), weight, bias)  # [B, T, D]
     x = x + block.ls_1(attn.out_proj(values))  # ls: layer scale
@@ -287,7 +290,8 @@ class DenseCLIP(nn.Module):
 
     def __init__(self, visual, grid=None, authors=False, mean=None, std=None):
         super().__init__()
-        self.visual, self.patch = visual, visual.conv1.kernel_size[0]
+        self.visual = visual
+        self.patch = visual.conv1.kernel_size[0]
         self.skip_blocks = (0, len(visual.transformer.resblocks) // 3)  # 0 and 4 of 12
         self.width, self.embed_dim = visual.proj.shape
         self.grid = grid or visual.grid_size
@@ -372,7 +376,8 @@ def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     Normalises both (feature dropout, section 6, changes lengths), in float32 even under autocast:
     bf16 rounds a cosine of 0.3 by up to 0.001, which FrozenGuidance's factor 100 turns into 0.1."""
     with torch.autocast(dense.device.type, enabled=False):
-        dense, text = F.normalize(dense.float(), dim=1), F.normalize(text.float(), dim=1)
+        dense = F.normalize(dense.float(), dim=1)
+        text = F.normalize(text.float(), dim=1)
         return torch.einsum("behw,ne->bnhw", dense, text)
 
 
@@ -590,7 +595,8 @@ class EMATeacher:
     all that best.pt has, as in UniMatch V2. With decay 0 it is the student, but in eval mode."""
 
     def __init__(self, student: nn.Module, decay: float = 0.996):
-        self.model, self.decay = frozen_copy(student), decay
+        self.model = frozen_copy(student)
+        self.decay = decay
 
     @torch.no_grad()
     def update(self, student: nn.Module, step: int) -> None:
@@ -667,7 +673,8 @@ def read_classes(file: Path) -> dict[str, list[str]]:
     """dataset.json -> class name -> concepts, in the order of class numbers."""
     with blame(f"{file} (of the folder that --dataset names)"):
         content = json.loads(file.read_text("utf-8-sig"))
-        names, definitions = content.get("classes", []), content.get("definitions", {})
+        names = content.get("classes", [])
+        definitions = content.get("definitions", {})
         # Other programs have these keys, and other values in the masks. Masks have to hold class
         # numbers and 255, so such a folder is refused and not misread.
         old = {"colors", "ignore_index"} & {*content}
@@ -985,7 +992,8 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
     conf_thresh, weighting and guidance.
     Returns the losses of `semivl_loss`, means over micro-batches, and "kept": the share of pixels
     that have a confident pseudo-label."""
-    device, size = batch["x"].device, len(batch["x"])
+    device = batch["x"].device
+    size = len(batch["x"])  # this process's share of cfg.batch
     images = {"x": batch["x"] / 255}  # view -> [size, 3, crop, crop], values in [0, 1]
     targets = {}  # view -> Targets
 
@@ -1068,7 +1076,8 @@ def sliding_window(model, images, window: int, stride: int, mode: str = "logits"
     images [B, 3, H, W]; window and stride in pixels, stride <= window."""
     require(stride <= window, f"stride {stride} is above the window's {window}: it leaves gaps")
     H, W = images.shape[2:]
-    total, count = None, images.new_zeros(H, W)
+    total = None
+    count = images.new_zeros(H, W)
     for top in window_starts(H, window, stride, mode):
         for left in window_starts(W, window, stride, mode):
             rows, columns = slice(top, top + window), slice(left, left + window)
@@ -1133,8 +1142,9 @@ def evaluate(model, folder: Folder, entries: list, cfg: Config, device) -> torch
 
 
 def report(models: dict, folder: Folder, cfg: Config, device) -> dict:
-    """Prints IoU per class on the test images, else on validation. models: title -> model; returns
-    title -> mIoU, percent."""
+    """Prints IoU per class on the test images, else on validation. Frozen CLIP has columns, too:
+    what training has added is the difference. models: title -> model; returns title -> mIoU,
+    percent."""
     split, entries = ("test", folder.test) if folder.test else ("val", folder.val)
     table = {title: evaluate(m, folder, entries, cfg, device) for title, m in models.items()}
     heading = f"IoU, {split}"
@@ -1157,8 +1167,9 @@ def report(models: dict, folder: Folder, cfg: Config, device) -> dict:
 # Under torchrun every process runs this file: item i goes to process i % WORLD, DDP averages the
 # gradients, evaluation shares the images, and process 0 alone prints and writes.
 def pick_device(name: str) -> torch.device:
-    """For "auto" what torch finds (CUDA, MPS), else the CPU. Under torchrun each process takes the
-    GPU of its LOCAL_RANK, and waits here for the others."""
+    """For "auto" what torch finds (CUDA; MPS, which is Apple's), else the CPU. Under torchrun each
+    process takes the GPU of its LOCAL_RANK, and waits here for the others. Neither has been tried
+    on a GPU."""
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     if WORLD > 1:
@@ -1200,7 +1211,8 @@ def make_optimizer(student: SemiVL, cfg: Config) -> torch.optim.AdamW:
 def free_folder(out: str, default: Path) -> Path:
     """OUT, which must not be there yet; if it is '', the first of DEFAULT, DEFAULT-2, DEFAULT-3,
     ... that is not there yet."""
-    path, number = Path(out or default), 1
+    path = Path(out or default)
+    number = 1
     while path.exists():
         require(not out, f"--out {out} is there already")
         number += 1
@@ -1316,9 +1328,12 @@ def make_loader(folder, labelled, unlabelled, cfg: Config, first_step: int) -> D
 
 
 def train(cfg: Config, saved: dict | None = None) -> None:
-    """A whole run. saved: what last.pt holds, to go on from there; its folder is cfg.out."""
+    """A whole run: images, networks, folder, loop, table. It prints what a user has to know before
+    the first step: pixels per class, images, steps, device, frozen CLIP's mIoU. saved: what last.pt
+    holds, to go on from there; its folder is cfg.out."""
     require(cfg.batch % WORLD == 0, f"--batch {cfg.batch} cannot be shared by {WORLD} processes")
-    folder, device = open_data(cfg.dataset), pick_device(cfg.device)
+    folder = open_data(cfg.dataset)
+    device = pick_device(cfg.device)
 
     labelled, unlabelled = choose_images(folder, cfg, saved)
     # With --unlabelled off a run is as long as with "on", so that the two can be compared. (Then
@@ -1345,8 +1360,7 @@ def train(cfg: Config, saved: dict | None = None) -> None:
     facts |= dict(labelled=labelled, images=len(folder.train))
     default = Path("runs", f"{Path(cfg.dataset).resolve().name}-{cfg.labels}")
     # Process 0 alone looks: another one could find the folder that process 0 has just made.
-    new = RANK == 0 and not saved
-    path = free_folder(cfg.out, default) if new else Path(cfg.out)
+    path = free_folder(cfg.out, default) if RANK == 0 and not saved else Path(cfg.out)
     run = Run(path, dict(student=student, model=ema.model, optimizer=optimizer), facts)
     if saved:
         same = [*saved["classes"].items()] == [*folder.classes.items()]  # in this order, too
@@ -1394,6 +1408,7 @@ def train(cfg: Config, saved: dict | None = None) -> None:
                 f"step {run.step}: loss {losses['total']:.3f}, kept {losses.get('kept', 0):.2f}, "
                 f"validation mIoU {miou:.1f}, {seconds:.3g} s/step"
             )
+            # Process 0 alone draws: the models are the same in all processes.
             if RANK == 0:
                 save_sheet(path / "sheet.png", folder, models, cfg, device)
             run.save("last.pt")
@@ -1415,10 +1430,12 @@ def train(cfg: Config, saved: dict | None = None) -> None:
 def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
     """The CLIP of --clip and --clip-weights, and its config, of which open_clip.CLIP(**config)
     makes one with random weights."""
-    name, weights = cfg.clip, cfg.clip_weights
+    name = cfg.clip
+    weights = cfg.clip_weights
     with blame(f"--clip {name} --clip-weights {weights}"):
         if name == "toy":
-            config, name = import_data_prep().TOY_CLIP, "local-dir:data/toy"
+            config = import_data_prep().TOY_CLIP
+            name = "local-dir:data/toy"
         else:
             config = open_clip.get_model_config(name) or {}
         # Only a plain ViT has the parts that DenseCLIP calls by name. Other towers have further
@@ -1548,7 +1565,8 @@ def predict(checkpoint: str, names: list[str], changes: dict) -> None:
     out = free_folder(cfg.out, Path(checkpoint).parent / "predictions")
     for file in progress(files, "predict"):
         image = read_image(file)
-        name, number = file.stem, 1
+        name = file.stem
+        number = 1
         while (out / f"{name}-mask.png").exists():  # images of several folders
             number += 1
             name = f"{file.stem}-{number}"
@@ -1565,7 +1583,8 @@ def predict(checkpoint: str, names: list[str], changes: dict) -> None:
 # checkpoint. A user's mistake ends in one line and exit code 2; a bug keeps its traceback. Settings
 # come from Config, then from the preset or the checkpoint, then from what is typed; the last of
 # these that has one wins.
-# What may be typed with --resume, --eval or --predict; all other settings are the checkpoint's.
+# What may be typed with --resume, --eval or --predict. All other settings are the checkpoint's:
+# with another crop, for example, the position embedding would have another size.
 FREE = "dataset device workers out steps micro_batch stride clip_weights"
 
 
@@ -1618,7 +1637,8 @@ def run_command(typed: dict) -> None:
         train(cfg, saved)
     elif "eval" in actions:
         model, cfg, classes = load_checkpoint(actions["eval"], **typed)
-        folder, device = open_data(cfg.dataset), pick_device(cfg.device)
+        folder = open_data(cfg.dataset)
+        device = pick_device(cfg.device)
         require([*folder.classes] == [*classes], f"{folder.path}: other classes")
         report({"SemiVL": model.to(device)}, folder, cfg, device)
     elif "predict" in actions:

@@ -6,7 +6,6 @@
 
 The numbers below were computed once by the authors' code (google-research/semivl, commit 13ee65d,
 float32, CPU) with weights made by a formula, so that nobody has to carry a weight file.
-`load_authors_checkpoint` reads the authors' weights.
 """
 
 import colorsys
