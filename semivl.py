@@ -1423,10 +1423,10 @@ def train(cfg: Config, saved: dict | None = None) -> None:
 
 
 # 11. Weights: CLIP's, and those of our checkpoints ------------------------------------------------
-# open_clip fetches or reads CLIP's weights. last.pt and best.pt of a run also
-# hold the settings, the class names and CLIP's sizes, so that nothing needs to be typed again. A
-# file can hold code, which unpickling would run, so every one is read with weights_only; and a
-# tensor that is missing, left over or of another size is an error.
+# open_clip fetches or reads CLIP's weights. last.pt and best.pt of a run also hold the settings,
+# the class names and CLIP's sizes, so that nothing needs to be typed again. A file can hold code,
+# which unpickling would run, so every one is read with weights_only; and a tensor that is missing,
+# left over or of another size is an error.
 def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
     """The CLIP of --clip and --clip-weights, and its config, of which open_clip.CLIP(**config)
     makes one with random weights."""
@@ -1583,6 +1583,7 @@ def predict(checkpoint: str, names: list[str], changes: dict) -> None:
 # checkpoint. A user's mistake ends in one line and exit code 2; a bug keeps its traceback. Settings
 # come from Config, then from the preset or the checkpoint, then from what is typed; the last of
 # these that has one wins.
+
 # What may be typed with --resume, --eval or --predict. All other settings are the checkpoint's:
 # with another crop, for example, the position embedding would have another size.
 FREE = "dataset device workers out steps micro_batch stride clip_weights"
@@ -1660,7 +1661,7 @@ def main(argv=None) -> int:
         run_command(parse_args(argv))
         return 0
     except KeyboardInterrupt:
-        message, code = "interrupted; --resume RUN goes on with a run", 130
+        message, code = "interrupted; --resume RUN goes on from its last.pt, if it has one", 130
     except (UserError, OSError) as error:
         # An error in a loader process comes with its traceback in front; the last line counts.
         message, code = str(error).rpartition("UserError: ")[2].strip(), 2
