@@ -8,14 +8,14 @@ takes a crop x of a labelled image with its mask y, and a crop w of an unlabelle
     STUDENT         x                                           loss x, with the mask y
     EMA TEACHER     w                                           pseudo-labels and their confidence
     FROZEN CLIP     w                                           labels from the words of the classes
-    STUDENT         s1, s2: w recoloured, in half of them a     losses s1, s2, with the labels of w
-                    box of another image (CutMix)               and, in the box, of that image
+    STUDENT         s1, s2: w recoloured; with p = 1/2 a box    losses s1, s2, with the labels of w
+                    comes from another image (CutMix)           (in the box: those of that image)
     STUDENT         w, half of the feature channels off (fp)    loss fp, with the labels of w
 
 The EMA teacher is our addition: in the published method the student makes the pseudo-labels
-(`--ema 0`). .github/DIFFERENCES.md lists all differences. The paper reports 84.0 mIoU on VOC with
-92 masks, 6.1 above the best before it; that run was not repeated by us, and nothing here has run on
-a GPU.
+(`--ema 0`), and CutMix's box comes from another crop of the same image. .github/DIFFERENCES.md
+lists all differences. The paper reports 84.0 mIoU on VOC with 92 masks, 6.1 above the best before
+it; that run was not repeated by us, and nothing here has run on a GPU.
 
     python semivl.py                                      the built-in toy world: minutes on a CPU
     python semivl.py --dataset FOLDER --labels 8          your own images (section 7)
@@ -33,12 +33,12 @@ The ideas of the paper, the last of them from UniMatch (Yang et al., CVPR 2023):
     dense CLIP guidance: frozen CLIP labels w, too       section 6    FrozenGuidance
     consistency: w's labels hold in harder views of w    sections 7, 8  STRONG_VIEWS, training_step
 
-`training_step` is the table further up as code. Sections 9 to 13 make a program of it; whoever
-wants the method alone stops after section 8. Sections 2, 4, 5, 6 and 8 say what their idea buys on
-the toy world: test mIoU with 4 masks, mean of 10 seeds (or of the first 5, where it says so), with
-the preset "toy". The sd of a difference over seeds is 0.4 to 5.8, so the toy world cannot judge all
-ideas. `pytest -k equal` compares this file with numbers that the authors' code computed: SemiVL's
-forward pass stage by stage, losses, norms of gradients. (DeepLabV3+ is not compared.)
+Sections 2 to 8 are the method; `training_step` is the table further up as code. For the method
+alone stop at section 9: the rest makes a program of it. What an idea buys on the toy world stands
+in its section: test mIoU with 4 masks, mean of 10 seeds (SemiVL: 70.7) or of the first 5 (SemiVL:
+70.4). From one seed to another a difference varies by an sd of 0.4 to 5.8, so the toy world cannot
+judge all ideas. `pytest -k equal` compares forward pass, losses and norms of gradients with numbers
+that the authors' code computed (not for DeepLabV3+).
 
 Letters for shapes, in every comment: B images, N classes, K concepts, H x W image, P patch side,
 gh x gw patches (H/P, W/P rounded up), T = 1 + gh*gw tokens, D width of the ViT, E width of CLIP's
@@ -88,7 +88,7 @@ class Config:
     dataset: str = "voc"  # voc, coco, ade20k, cityscapes, toy or FOLDER; if it is not typed: toy
     labels: int = 92  # how many images are labelled; all others of train.txt are used without mask
     crop: int = 512  # side of the training crop and of the test window, pixels
-    fit: bool = True  # on: short side = crop (training: crop * scale); off: own size (times scale)
+    fit: bool = True  # resize so that the short side is crop (training: crop * scale); off: do not
     scale_min: float = 0.5  # smallest factor of the random scale
     scale_max: float = 2.0  # largest factor of the random scale
     workers: int = 4  # processes that load images; 0: the training process itself
@@ -115,7 +115,6 @@ class Config:
     epochs: int = 80  # passes over the unlabelled images
     batch: int = 8  # labelled images per step, and as many unlabelled ones
     micro_batch: int = 2  # labelled images per forward, which has as many of s1, s2 and fp, too
-    # The decoder starts from random weights, the ViT has to stay close to CLIP: so, two rates.
     lr: float = 1e-3  # learning rate of the decoder
     vit_lr: float = 1e-6  # learning rate of the ViT, and of the stem of conv_skip
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: autocast; auto: bf16 on CUDA only
@@ -142,13 +141,12 @@ class Config:
         require(self.scale_min <= self.scale_max, "setting scale_min: above scale_max")
 
 
-# Presets are parsed as if they were typed. What is really typed comes after them, and wins.
 PRESETS = {
     "voc": "",
     "coco": "--labels 232 --fit off --epochs 10 --micro-batch 1 --lr 4e-3 --vit-lr 4e-7",
     "ade20k": "--labels 158 --epochs 40 --micro-batch 1 --lr 4e-3 --vit-lr 4e-7",
-    # 83,760 steps are the published 240 epochs with 186 labels. With other numbers of labels the
-    # published length differs by up to 0.3 %.
+    # Published: 240 epochs at 186 labels, 83,760 steps. With other numbers of labels the authors
+    # change the epochs, so that the length stays within 0.3 % of it.
     "cityscapes": "--labels 100 --fit off --crop 801 --stride 534 --steps 83760 --micro-batch 1 "
     "--lr 5e-4 --vit-lr 5e-6 --conv-skip on --decoder-text mean --weighting mean "
     "--window-mode probabilities",
@@ -160,9 +158,9 @@ PRESETS = {
 IGNORE = 255  # "no label" in masks
 
 # This process, and how many there are. (Some clusters set RANK and WORLD_SIZE without torchrun.)
-RANK, WORLD = 0, 1
-if dist.is_available() and dist.is_torchelastic_launched():
-    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+torchrun = dist.is_available() and dist.is_torchelastic_launched()
+RANK = int(os.environ["RANK"]) if torchrun else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if torchrun else 1
 # disable=None: a bar only on a terminal. Processes above 0 never show one.
 progress = partial(tqdm, disable=True if RANK else None, leave=False)
 
@@ -172,7 +170,6 @@ class UserError(ValueError):
 
 
 def require(condition, message: str) -> None:
-    """Raises UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
 
@@ -186,12 +183,11 @@ def blame(what):
     except MemoryError:  # the file is not to blame
         raise
     except Exception as error:
-        # One line and its first sentence: torch's message goes on with advice to load unsafely.
-        reason = " ".join(str(error).split())[:300]
-        reason = reason.partition(". ")[0]
+        reason = " ".join(str(error).split())  # one line
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror.lower()  # without the file, which `what` has
-        raise UserError(f"{what}: {reason}") from error
+        # The first sentence: torch's message goes on with advice to load unsafely.
+        raise UserError(f"{what}: {reason.split('. ')[0]}") from error
 
 
 def say(text: str) -> None:
@@ -204,9 +200,8 @@ def say(text: str) -> None:
 # A class name alone can be a poor prompt: hardly any caption on the web says "background". So a
 # class is defined by a list of concepts, for example
 #     person: person, people, baby, face        background: building, grass, road, sky, tree, ...
-# and frozen CLIP gives a pixel the class of the concept that fits best. These lists stand in
-# the dataset.json of a data folder; data_prep.py has the published ones of VOC and Cityscapes. On
-# COCO and ADE20K a class's only concept is its name.
+# and frozen CLIP gives a pixel the class of the concept that fits best. VOC and Cityscapes have
+# published lists; on COCO and ADE20K a class's only concept is its name.
 # The decoder reads one vector per class: the embedding of its name, or (Cityscapes) the mean of its
 # concepts. The decoder is trained, so a poor name costs it less.
 # Toy world: guidance by definitions 70.7, by names 62.4, no guidance 68.2. So poor words are worse
@@ -222,7 +217,7 @@ def encode_text(clip: open_clip.CLIP, words: list[str]) -> torch.Tensor:
 class Words(NamedTuple):
     """What CLIP's text tower makes of the classes; vectors are L2-normalised."""
 
-    decoder_text: torch.Tensor  # [N, E], what the decoder reads: `names`, or means of `concepts`
+    decoder_text: torch.Tensor  # [N, E], what the decoder reads: names, or means (below)
     names: torch.Tensor  # [N, E], of the class names
     concepts: torch.Tensor  # [K, E], class after class
     sizes: list[int]  # how many concepts each class has
@@ -238,8 +233,7 @@ def describe_classes(clip, classes: dict[str, list], text_from="names", definiti
     text = names
     if text_from == "mean":  # the mean is taken BEFORE normalising, as the authors do
         text = torch.stack([group.mean(0) for group in concepts.split(sizes)])
-    text, names, concepts = (F.normalize(vectors, dim=1) for vectors in (text, names, concepts))
-    return Words(text, names, concepts, sizes)
+    return Words(F.normalize(text), F.normalize(names), F.normalize(concepts), sizes)
 
 
 # 3. Dense CLIP (paper: Vision-Language Pre-training): how do we get an embedding for every patch? -
@@ -254,8 +248,7 @@ def describe_classes(clip, classes: dict[str, list], text_from="names", definiti
 # paths for these, too, and give no reason; our guess: attention would blur the maps further.
 class LeanQuickGELU(nn.Module):
     """x sigmoid(1.702 x), as silu(1.702 x) / 1.702: the backward pass keeps one tensor, not two. On
-    a CPU, a step of 1 labelled and 1 unlabelled image with VOC's settings takes 37 %
-    less time and 8 % less memory with it than with open_clip's QuickGELU."""
+    a CPU, a step with VOC's settings takes 37 % less time than with open_clip's QuickGELU."""
 
     def forward(self, x):
         return F.silu(1.702 * x).mul_(1 / 1.702)
@@ -271,14 +264,9 @@ def value_path(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
-def resize_position(position: torch.Tensor, old: tuple, new: tuple) -> torch.Tensor:
-    """Position embedding [1 + old_h * old_w, D] -> [1 + new_h * new_w, D], bicubic.
-    No antialiasing: the authors' weights were trained with exactly this interpolation."""
-    if old == new:
-        return position
-    grid = position[1:].T.reshape(1, -1, *old)  # [1, D, old_h, old_w]
-    grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
-    return torch.cat([position[:1], grid[0].flatten(1).T])
+# Position embedding [1, T, D], new grid, old grid -> [1, T of the new grid, D], bicubic. The
+# authors' weights were trained without antialiasing.
+resize_position = partial(timm.layers.resample_abs_pos_embed, antialias=False)
 
 
 class DenseCLIP(nn.Module):
@@ -286,69 +274,66 @@ class DenseCLIP(nn.Module):
     visual: `open_clip.create_model(...).visual`, kept and modified: a second DenseCLIP of it would
     share its weights. grid: (gh, gw) at which the position embedding trains; other image sizes
     interpolate from it. authors: exact GELU and LayerNorm eps 1e-6, with which the authors tuned
-    OpenAI's weights; OpenAI had QuickGELU and 1e-5. mean, std: of colours, by default CLIP's."""
+    OpenAI's weights; OpenAI had QuickGELU and 1e-5."""
 
-    def __init__(self, visual, grid=None, authors=False, mean=None, std=None):
+    def __init__(self, visual, grid=None, authors=False):
         super().__init__()
         self.visual = visual
         self.patch = visual.conv1.kernel_size[0]
         self.skip_blocks = (0, len(visual.transformer.resblocks) // 3)  # 0 and 4 of 12
         self.width, self.embed_dim = visual.proj.shape
         self.grid = grid or visual.grid_size
-        position = resize_position(visual.positional_embedding, visual.grid_size, self.grid)
+        position = visual.positional_embedding[None]  # [1, T, D]
+        position = resize_position(position, self.grid, visual.grid_size)[0]
         visual.positional_embedding = nn.Parameter(position.detach())
         for module in visual.modules():
             if authors and isinstance(module, nn.LayerNorm):
                 module.eps = 1e-6
             if isinstance(getattr(module, "gelu", None), open_clip.transformer.QuickGELU):
                 module.gelu = nn.GELU() if authors else LeanQuickGELU()
-        mean = mean or getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
-        std = std or getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+        mean = getattr(visual, "image_mean", open_clip.OPENAI_DATASET_MEAN)
+        std = getattr(visual, "image_std", open_clip.OPENAI_DATASET_STD)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
 
     def forward(self, images: torch.Tensor):
         """Images [B, 3, H, W] in [0, 1] -> dense embedding [B, E, gh, gw], L2-normalised over E,
         and the skip maps (shallow, deep), [B, D, gh, gw] each."""
-        vit, P = self.visual, self.patch
+        vit = self.visual
         H, W = images.shape[-2:]
-        right, below = -W % P, -H % P  # what is missing to whole patches
-        images = F.pad((images - self.mean) / self.std, (0, right, 0, below))
-        x = vit.conv1(images)
+        missing = (0, -W % self.patch, 0, -H % self.patch)  # to whole patches: right, below
+        x = vit.conv1(F.pad((images - self.mean) / self.std, missing))
         B, _, gh, gw = x.shape  # [B, D, gh, gw]
         x = x.flatten(2).transpose(1, 2)  # [B, gh*gw, D]
         # Under autocast x is bf16, and parameters stay float32.
         x = torch.cat([vit.class_embedding.to(x.dtype).expand(B, 1, -1), x], dim=1)  # [B, T, D]
-        position = resize_position(vit.positional_embedding, self.grid, (gh, gw))
+        position = resize_position(vit.positional_embedding[None], (gh, gw), self.grid)
         x = vit.ln_pre(x + position.to(x.dtype))
 
         def to_map(tokens):  # [B, T, .] -> [B, ., gh, gw]; the class token is dropped
             return tokens[:, 1:].transpose(1, 2).unflatten(2, (gh, gw))
 
         *blocks, last = vit.transformer.resblocks
-        maps = {}
+        skips = []  # shallow, deep: [B, D, gh, gw] each
         for i, block in enumerate(blocks):
             if i in self.skip_blocks:  # a side branch; the block itself follows
-                maps[i] = to_map(value_path(block, x))  # [B, D, gh, gw]
+                skips.append(to_map(value_path(block, x)))
             x = block(x)  # [B, T, D]
         dense = to_map(vit.ln_post(value_path(last, x)) @ vit.proj)  # [B, E, gh, gw]
-        return F.normalize(dense, dim=1), [maps[i] for i in self.skip_blocks]
+        return F.normalize(dense, dim=1), skips
 
 
 # 4. Spatial fine-tuning: which weights may learn without making CLIP forget? ----------------------
 # CLIP has learned from whole images, so it is poor at saying where things are. Attention and the
 # position embedding decide that, so they train. MLPs are thought to store knowledge, so they stay
-# as they are, and with them norms, class token, patch convolution and final projection. (The last
-# block is used by its value path alone. So its queries and keys get gradient 0; weight decay still
-# shrinks them, which changes nothing.)
+# as they are, and with them norms, class token, patch convolution and final projection.
 # Toy world (5 seeds): 70.4 with it, 71.7 if all trains, 71.2 if nothing does: no clear difference.
-def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> DenseCLIP:
+def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> None:
     """Sets what trains in the ViT: "spatial" (29.1 of 86.8 million parameters of ViT-B/16 at crop
     512), "all" or "none". To be called before `make_optimizer`, which reads it."""
     for name, tensor in clip.named_parameters():
         spatial = ".attn." in name or name.endswith("positional_embedding")
         tensor.requires_grad_(mode == "all" or (mode == "spatial" and spatial))
-    return clip
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
@@ -395,17 +380,16 @@ def conv_norm_relu(c_in, c_out, kernel, dilation=1, make_norm=None) -> nn.Sequen
 
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling (DeepLab): one map seen at five fields of view, a branch of
-    `width` channels each. [., c_in, gh, gw] -> [., c_out, gh, gw]. A 3 x 3 convolution of dilation
+    `width` channels each. [., c_in, gh, gw] -> [., width, gh, gw]. A 3 x 3 convolution of dilation
     18 reaches 18 patches to each side, so it spans more than the 32 patches of a crop."""
 
-    def __init__(self, c_in: int, width: int, c_out: int, make_norm=None):
+    def __init__(self, c_in: int, width: int, make_norm=None):
         super().__init__()
-        self.branches = nn.ModuleList(
-            [conv_norm_relu(c_in, width, 1, 1, make_norm)]
-            + [conv_norm_relu(c_in, width, 3, dilation, make_norm) for dilation in (6, 12, 18)]
-        )
-        self.pooled = conv_norm_relu(c_in, width, 1, 1, make_norm)
-        self.project = conv_norm_relu(5 * width, c_out, 1, 1, make_norm)
+        layer = partial(conv_norm_relu, make_norm=make_norm)
+        self.branches = nn.ModuleList([layer(c_in, width, 1)])
+        self.branches += [layer(c_in, width, 3, dilation) for dilation in (6, 12, 18)]
+        self.pooled = layer(c_in, width, 1)
+        self.project = layer(5 * width, width, 1)
 
     def forward(self, x):
         views = [branch(x) for branch in self.branches]  # [., width, gh, gw] each
@@ -431,23 +415,20 @@ class SemanticReasoning(nn.Module):
         # Attention across classes needs no fine grid: it runs on means of 4 x 4 patches, ph x pw of
         # them (gh // 4 by gw // 4, at least 1). Patches left over are not read.
         pooled = F.avg_pool2d(x.flatten(0, 1), (min(4, gh), min(4, gw)))  # [B*N, C, ph, pw]
-        ph, pw = pooled.shape[2:]
-        by_place = pooled.unflatten(0, (B, N)).permute(0, 3, 4, 1, 2)  # [B, ph, pw, N, C]
-        maps = by_place.flatten(0, 2)  # [B*ph*pw, N, C]: N tokens at each place
-        texts = text.expand(len(maps), -1, -1)  # [B*ph*pw, N, C]
+        maps = pooled.unflatten(0, (B, N)).permute(0, 3, 4, 1, 2)  # [B, ph, pw, N, C]
         # The text tells the layer which class a token is. Of the 2C channels that it returns, the
         # text's half is dropped: the next layer gets the same text again.
-        attended = self.layer(torch.cat([maps, texts], dim=2))[..., :C]  # [B*ph*pw, N, C]
-        by_class = attended.unflatten(0, (B, ph, pw)).permute(0, 3, 4, 1, 2)  # [B, N, C, ph, pw]
-        coarse = by_class.flatten(0, 1)  # [B*N, C, ph, pw]
+        tokens = torch.cat([maps, text.expand_as(maps)], dim=4)  # [B, ph, pw, N, 2C]
+        attended = self.layer(tokens.flatten(0, 2))[..., :C]  # [B*ph*pw, N, C]
+        attended = attended.unflatten(0, maps.shape[:3])  # [B, ph, pw, N, C]
+        coarse = attended.permute(0, 3, 4, 1, 2).flatten(0, 1)  # [B*N, C, ph, pw]
         refined = F.interpolate(coarse, (gh, gw), mode="bilinear", align_corners=True)
         return x + refined.unflatten(0, (B, N))  # second residual: the layer has its own
 
 
 class UpStage(nn.Module):
-    """Doubles the resolution of x, appends the skip of its image, which all classes share, and
-    applies two convolutions. x [B*N, c_in, a, b], skip [B, c_skip, ., .] -> [B*N, c_out, 2a, 2b].
-    """
+    """Doubles the resolution of x, appends its image's skip, which all classes share, and convolves
+    twice. x [B*N, c_in, a, b], skip [B, c_skip, ., .] -> [B*N, c_out, 2a, 2b]."""
 
     def __init__(self, c_in: int, c_skip: int, c_out: int):
         super().__init__()
@@ -464,24 +445,21 @@ class UpStage(nn.Module):
 
 class LanguageGuidedDecoder(nn.Module):
     """Similarity maps -> spatial reasoning -> semantic reasoning -> upsampling.
-    embed_dim: E. shallow_dim, deep_dim: channels of the skips. channels: C, UserError unless it is
-    a multiple of 8. shallow_width: channels of the shallow skip once projected, by default C/8."""
+    embed_dim: E. shallow_dim, deep_dim: channels of the skips. C: a multiple of 8. shallow_width:
+    channels of the shallow skip once projected, by default C/8."""
 
-    def __init__(self, embed_dim, shallow_dim, deep_dim, channels=128, shallow_width=None):
+    def __init__(self, embed_dim, shallow_dim, deep_dim, C=128, shallow_width=None):
         super().__init__()
-        require(channels > 0 and channels % 8 == 0, "decoder channels: take a multiple of 8")
-        C = channels
-        shallow_width = shallow_width or C // 8
+        require(C > 0 and C % 8 == 0, "decoder channels: take a multiple of 8")
+        width = shallow_width or C // 8
         self.lift = nn.Conv2d(1, C, 7, padding=3)
-        self.aspp = ASPP(C, C, C)
+        self.aspp = ASPP(C, C)
         self.text_proj = nn.Sequential(nn.Linear(embed_dim, C), nn.ReLU())
         self.semantic = nn.ModuleList([SemanticReasoning(C), SemanticReasoning(C)])
         self.deep_proj = nn.Sequential(nn.Conv2d(deep_dim, C // 4, 3, padding=1), nn.ReLU())
-        self.shallow_proj = nn.Sequential(
-            nn.Conv2d(shallow_dim, shallow_width, 3, padding=1), nn.ReLU()
-        )
+        self.shallow_proj = nn.Sequential(nn.Conv2d(shallow_dim, width, 3, padding=1), nn.ReLU())
         self.up1 = UpStage(C, C // 4, C // 2)
-        self.up2 = UpStage(C // 2, shallow_width, C // 4)
+        self.up2 = UpStage(C // 2, width, C // 4)
         self.head = nn.Conv2d(C // 4, 1, 3, padding=1)
         self.to(memory_format=torch.channels_last)  # in which these convolutions are faster
 
@@ -493,7 +471,9 @@ class LanguageGuidedDecoder(nn.Module):
     def semantic_reasoning(self, x, text):
         """Across classes, all at once: x [B, N, C, gh, gw], text [N, E] -> [B, N, C, gh, gw]."""
         text = self.text_proj(F.normalize(text, dim=1))  # [N, C]
-        return self.semantic[1](self.semantic[0](x, text), text)
+        for layer in self.semantic:
+            x = layer(x, text)
+        return x
 
     def upsampling(self, x, shallow, deep):
         """Within each class: x [B, N, C, gh, gw], skips -> logits [B, N, 4gh, 4gw]."""
@@ -515,12 +495,14 @@ class VisionDecoder(nn.Module):
     def __init__(self, embed_dim: int, skip_dim: int, num_classes: int, width: int = 64):
         super().__init__()
         layer = partial(conv_norm_relu, make_norm=nn.BatchNorm2d)
-        self.aspp = ASPP(embed_dim, width, width, nn.BatchNorm2d)
+        self.aspp = ASPP(embed_dim, width, nn.BatchNorm2d)
         self.skip_proj = layer(skip_dim, 48, 1)
         self.fuse = nn.Sequential(layer(48 + width, 256, 3), layer(256, 256, 3))
         self.head = nn.Conv2d(256, num_classes, 1)
 
     def forward(self, dense, skips, text=None):
+        alone = self.training and len(dense) == 1
+        require(not alone, "batch norm needs two images: --micro-batch 2, or --unlabelled on")
         x = torch.cat([self.skip_proj(skips[1]), self.aspp(dense)], dim=1)  # [B, 48+width, gh, gw]
         return self.head(self.fuse(x))
 
@@ -554,9 +536,8 @@ class SemiVL(nn.Module):
         dense, (shallow, deep) = self.clip(images)
         shallow = self.conv(images)[-1] if self.conv else shallow
         if num_perturbed:
-            dense = drop_channels(dense, num_perturbed)
-            shallow = drop_channels(shallow, num_perturbed)
-            deep = drop_channels(deep, num_perturbed)
+            maps = dense, shallow, deep
+            dense, shallow, deep = (drop_channels(features, num_perturbed) for features in maps)
         logits = self.decoder(dense, (shallow, deep), self.text)  # [B, N, 4gh, 4gw]
         # If H or W is no multiple of P, the logits cover the padded image. They are resized to
         # H x W as a whole, so they shift by less than a patch. The authors' code does so, too.
@@ -589,26 +570,19 @@ class FrozenGuidance(nn.Module):
         return label.masked_fill(confidence < self.conf_thresh, IGNORE)
 
 
-class EMATeacher:
-    """Mean teacher: `model` is an exponential moving average of the student; it labels crops w.
-    Averaging smooths out the mistakes of single steps. The average is also what is evaluated, and
-    all that best.pt has, as in UniMatch V2. With decay 0 it is the student, but in eval mode."""
-
-    def __init__(self, student: nn.Module, decay: float = 0.996):
-        self.model = frozen_copy(student)
-        self.decay = decay
-
-    @torch.no_grad()
-    def update(self, student: nn.Module, step: int) -> None:
-        """teacher = decay * teacher + (1 - decay) * student, after optimiser step `step` (from 0).
-        In the first steps the decay is 0, 1/2, 2/3, ...: until it reaches `self.decay`, the teacher
-        is the plain mean of the students after each step."""
-        decay = min(1 - 1 / (step + 1), self.decay)
-        for average, p in zip(self.model.parameters(), student.parameters(), strict=True):
-            if p.requires_grad:
-                average.lerp_(p, 1 - decay)
-        for average, buffer in zip(self.model.buffers(), student.buffers(), strict=True):
-            average.copy_(buffer)  # batch-norm statistics are moving averages already
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, step: int, decay: float = 0.996) -> None:
+    """Mean teacher: a `frozen_copy` of the student that becomes its exponential moving average,
+    teacher = decay * teacher + (1 - decay) * student, after optimiser step `step` (from 0). It
+    labels crops w: averaging smooths out the mistakes of single steps. It is also what is evaluated
+    (as in UniMatch V2). In the first steps the decay is 0, 1/2, 2/3, ...: until it reaches `decay`,
+    the teacher is the plain mean of the students after each step."""
+    decay = min(1 - 1 / (step + 1), decay)
+    for average, p in zip(teacher.parameters(), student.parameters(), strict=True):
+        if p.requires_grad:
+            average.lerp_(p, 1 - decay)
+    for average, buffer in zip(teacher.buffers(), student.buffers(), strict=True):
+        average.copy_(buffer)  # batch-norm statistics are moving averages already
 
 
 # 7. Data: a folder of images; crops of them in weak and strong views (UniMatch's) -----------------
@@ -619,14 +593,13 @@ class EMATeacher:
 #                              list alone; put the name into it if CLIP should look for that, too
 #     FOLDER/splits/train.txt  an image per line: "IMAGE MASK", or "IMAGE" if it has no mask; a TAB
 #                              between them if a name has blanks; paths are relative to FOLDER
-#     FOLDER/splits/val.txt    "IMAGE MASK". Optional: test.txt; 8/labeled.txt, for --labels 8
+#     FOLDER/splits/val.txt    "IMAGE MASK". Optional: test.txt, splits/8/labeled.txt
 # A mask is a PNG whose pixels are class numbers, 0 for the first of "classes", or 255: no label. It
 # is as large as its upright image. An entry is the pair (image, mask or None) of a line.
 #
 # A labelled image gives a crop x of random scale, with its mask y. An unlabelled one gives a crop
 # w, the weak view; s1 and s2 are w recoloured, nothing in them moves. So a label of a pixel in w
-# is also the label of this pixel in s1 and s2, which is what section 8 needs. (CutMix, which does
-# move pixels, comes in section 8.)
+# is also the label of this pixel in s1 and s2. (CutMix, which moves pixels, is in section 8.)
 def read_image(file: Path) -> Image.Image:
     """Any image file -> RGB, turned upright as its EXIF orientation says."""
     with blame(file), Image.open(file) as image:
@@ -647,8 +620,7 @@ def read_mask(file: Path, num_classes: int, size: tuple) -> torch.Tensor:
         require(image.size == size, f"{image.size} pixels, but its image has {size} upright")
         mask = np.array(image)
         odd = mask[(mask >= num_classes) & (mask != IGNORE)].tolist()
-        known = f"0 to {num_classes - 1}, a class, or 255, no label"
-        require(not odd, f"{len(odd)} pixels, such as {odd[:1]}, are not {known}")
+        require(not odd, f"{len(odd)} pixels, such as {odd[:1]}, are no class and not 255")
         return torch.from_numpy(mask.astype(np.uint8))
 
 
@@ -659,32 +631,14 @@ def read_list(file: Path, need_mask: bool = True) -> list[tuple]:
         text = file.read_text("utf-8-sig").replace("\\", "/")
     entries = []
     for line in filter(str.strip, text.splitlines()):
-        separator = "\t" if "\t" in line else " "  # behind a TAB names may have blanks
-        image, _, mask = line.strip().partition(separator)
+        image, _, mask = line.strip().partition("\t" if "\t" in line else " ")
         require(mask or not need_mask, f"{file}: {line!r} names no mask")
-        torn = "." not in image and separator == " "  # probably half of a name with a blank
-        require(not torn, f"{file}: {line!r}: put a TAB behind a name that has blanks")
+        # Without a dot it is probably half of a name.
+        whole = "." in image or "\t" in line
+        require(whole, f"{file}: {line!r}: put a TAB behind a name that has blanks")
         entries.append((image.strip(), mask.strip() or None))
     require(entries, f"{file}: no line in it")
     return entries
-
-
-def read_classes(file: Path) -> dict[str, list[str]]:
-    """dataset.json -> class name -> concepts, in the order of class numbers."""
-    with blame(f"{file} (of the folder that --dataset names)"):
-        content = json.loads(file.read_text("utf-8-sig"))
-        names = content.get("classes", [])
-        definitions = content.get("definitions", {})
-        # Other programs have these keys, and other values in the masks. Masks have to hold class
-        # numbers and 255, so such a folder is refused and not misread.
-        old = {"colors", "ignore_index"} & {*content}
-        require(not old, f"{old}; python data_prep.py FOLDER --images DIR makes the folder anew")
-        twice = len(names) - len({*names})
-        require(not twice and 2 <= len(names) <= IGNORE, "2 to 255 different classes are needed")
-        for name, concepts in definitions.items():
-            fits = name in names and isinstance(concepts, list) and concepts
-            require(fits, f"definitions: {name!r} should be a class, with a list of words")
-        return {name: definitions.get(name, [name]) for name in names}
 
 
 class Folder:
@@ -693,7 +647,20 @@ class Folder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.classes = read_classes(path / "dataset.json")
+        file = path / "dataset.json"
+        with blame(f"{file} (of the folder that --dataset names)"):
+            content = json.loads(file.read_text("utf-8-sig"))
+            names = content["classes"]
+            # Other programs write these keys, and masks with other values than class numbers.
+            old = {"colors", "ignore_index"} & {*content}
+            require(not old, f"{old}; python data_prep.py FOLDER --images DIR makes it anew")
+            different = len({*names}) == len(names)
+            require(different and 2 <= len(names) <= IGNORE, "needs 2 to 255 different classes")
+            definitions = content.get("definitions", {})
+            for name, concepts in definitions.items():
+                fits = name in names and isinstance(concepts, list) and concepts
+                require(fits, f"definitions: {name!r} should be a class, with a list of words")
+        self.classes = {name: definitions.get(name, [name]) for name in names}
         self.train = read_list(path / "splits/train.txt", need_mask=False)
         self.val = read_list(path / "splits/val.txt")
         test = path / "splits/test.txt"
@@ -707,38 +674,25 @@ class Folder:
 
 def open_data(dataset: str) -> Folder:
     """The folder behind --dataset. A named set is data/NAME, and made if it is not there."""
-    if dataset not in PRESETS:
-        return Folder(Path(dataset))
-    path = Path("data", dataset)
-    if not path.exists():
+    path = Path("data", dataset) if dataset in PRESETS else Path(dataset)
+    if dataset in PRESETS and not path.exists():
         require(WORLD == 1, f"{path} is missing: first run python data_prep.py {dataset}")
-        code = import_data_prep().main([dataset])  # makes the folder; 0: it worked
-        require(code == 0, f"{path} could not be made")
+        with blame(f"{path} is missing, and so is data_prep.py, which makes it"):
+            import data_prep
+        require(data_prep.main([dataset]) == 0, f"{path} could not be made")
     return Folder(path)
-
-
-def import_data_prep():
-    """The module that makes named data sets, and the toy's CLIP. All else works without it."""
-    try:
-        import data_prep
-    except ModuleNotFoundError:
-        raise UserError("data_prep.py, which makes this, is not beside semivl.py") from None
-    return data_prep
 
 
 def count_pixels(folder: Folder, entries: list[tuple]) -> torch.Tensor:
     """How many pixels of each value the masks have, [len(entries), 256]."""
-    counts = []
-    for entry in progress(entries, "look at masks"):
-        _, mask = folder.pair(entry)
-        counts.append(mask.flatten().bincount(minlength=IGNORE + 1))
-    return torch.stack(counts)
+    masks = (folder.pair(entry)[1] for entry in progress(entries, "look at masks"))
+    return torch.stack([mask.flatten().bincount(minlength=IGNORE + 1) for mask in masks])
 
 
 def draw_labelled(folder: Folder, count: int, seed: int) -> list[tuple]:
     """The labelled entries: those of splits/COUNT/labeled.txt, or `count` drawn from train.txt. A
     few images easily miss a class: of 100 draws the one whose masks show most classes is taken.
-    This reads all masks, so a benchmark should fix its labelled images in a list."""
+    This looks at masks that then count as unknown: a benchmark should fix its images in a list."""
     file = folder.path / f"splits/{count}/labeled.txt"
     if file.exists():
         return read_list(file)
@@ -762,7 +716,7 @@ def check_labelled(folder: Folder, labelled: list[tuple]) -> None:
     if both:
         say(f"note: {len(both)} labelled images are validation or test images, too: {min(both)}")
     enough = (pixels[:IGNORE] > 0).sum() > 1
-    require(enough, f"{folder.path}: labelled masks of 2 classes or more are needed (0 and 255?)")
+    require(enough, f"{folder.path}: masks of 2 classes are needed (255 is no label, not class 1)")
 
 
 def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
@@ -815,9 +769,7 @@ def blur(image: Image.Image) -> Image.Image:
 # student has to see some images as they are at test time.
 jitter = v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)
 recolour = v2.RandomApply([jitter], 0.8)
-strong_view = v2.Compose(
-    [recolour, v2.RandomGrayscale(0.2), v2.RandomApply([v2.Lambda(blur)], 0.5)]
-)
+strong_view = v2.Compose([recolour, v2.RandomGrayscale(0.2), v2.RandomApply([blur], 0.5)])
 # To add a view, add an entry. It must not move pixels. Its name must not be one that an item ("x",
 # "w", "y", ...) or the log ("kept", "lr", ...) has already.
 STRONG_VIEWS = {"s1": strong_view, "s2": strong_view}
@@ -843,8 +795,11 @@ class TrainingSet(Dataset):
     crop]; s1_box, s2_box int64 [4]; files, a string. An item depends on (seed, i) alone, so a run
     is the same with any number of workers and however often it is resumed."""
 
-    def __init__(self, folder: Folder, labelled: list, unlabelled: list, cfg: Config):
-        self.folder, self.labelled, self.unlabelled, self.cfg = folder, labelled, unlabelled, cfg
+    def __init__(self, folder: Folder, labelled: list, cfg: Config):
+        self.folder, self.labelled, self.cfg = folder, labelled, cfg
+        taken = {image for image, _ in labelled}  # an image is labelled or unlabelled, not both
+        self.unlabelled = [entry for entry in folder.train if entry[0] not in taken]
+        require(self.unlabelled or not cfg.unlabelled, "no image is unlabelled: --unlabelled off")
 
     def pick(self, entries: list, i: int) -> tuple:
         """Entry i of a list that is repeated without end and shuffled anew each time. So 92
@@ -862,17 +817,20 @@ class TrainingSet(Dataset):
             entry = self.pick(self.labelled, i)
             x, y = scale_crop_flip(*self.folder.pair(entry), cfg)
             item = dict(x=VF.pil_to_tensor(x), y=y, files=entry[0])
-            if self.unlabelled:
+            if cfg.unlabelled:
                 entry = self.pick(self.unlabelled, i)
                 image = read_image(self.folder.path / entry[0])
                 # A crop does not tell where it is padded. So a mask of zeros is cropped with it; it
                 # comes back with IGNORE there, and nowhere else.
                 marker = torch.zeros(image.height, image.width, dtype=torch.uint8)
                 w, marker = scale_crop_flip(image, marker, cfg)
-                item |= dict(w=VF.pil_to_tensor(w), padding=marker == IGNORE)
+                item["w"] = VF.pil_to_tensor(w)
+                item["padding"] = marker == IGNORE
                 item["files"] += f" {entry[0]}"
-                item |= {name: VF.pil_to_tensor(view(w)) for name, view in STRONG_VIEWS.items()}
-                item |= {f"{name}_box": cutmix_box(cfg.crop) for name in STRONG_VIEWS}
+                for name, view in STRONG_VIEWS.items():
+                    item[name] = VF.pil_to_tensor(view(w))
+                for name in STRONG_VIEWS:
+                    item[f"{name}_box"] = cutmix_box(cfg.crop)
         return item
 
 
@@ -885,8 +843,7 @@ class TrainingSet(Dataset):
 #     each in three views: s1 and s2 (w recoloured, CutMix), fp (w, half of the channels off)
 #     total = (L_x + (L_s + L_fp) / 2) / 2 + lambda * (G_s + G_fp) / 2
 # L_s and G_s are means over s1 and s2; L_x is the cross-entropy of the labelled crop x with its
-# mask; lambda = --guidance * (1 - step / steps). Written out, the weights are 1/2 for L_x,
-# 1/8 for L_s1 and for L_s2, 1/4 for L_fp; lambda/4 for G_s1 and for G_s2, lambda/2 for G_fp.
+# mask; lambda = --guidance * (1 - step / steps).
 # Why two strong views? They are drawn independently and have the same labels, except in their
 # CutMix boxes. So the student also learns that they show the same.
 # The trap is confirmation bias: the student learns wrong pseudo-labels, and the teacher follows the
@@ -908,23 +865,19 @@ def make_targets(teacher, guidance, w, padding) -> Targets:
     """Pseudo-labels and guidance labels (no `guidance`: all IGNORE) of weak views w [B, 3, H, W] in
     [0, 1]; padding: bool [B, H, W], True where the crop holds no image."""
     confidence, label = teacher(w).softmax(1).max(1)
-    clip_label = torch.full_like(label, IGNORE)
-    if guidance is not None:
-        clip_label = guidance.labels(w)
+    clip_label = guidance.labels(w) if guidance else torch.full_like(label, IGNORE)
     return Targets(label, confidence, padding, clip_label.masked_fill(padding, IGNORE))
 
 
 def cutmix(items: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
     """Pastes into each item what its partner has inside the item's box (CutMix, Yun et al., ICCV
     2019). The partner is the item at the mirrored place of the batch; the middle one of an odd
-    batch is its own. items: [B, H, W] or [B, 3, H, W]; box: [B, 4], top, left, bottom, right."""
-    rows = torch.arange(items.shape[-2], device=items.device)[:, None]
-    columns = torch.arange(items.shape[-1], device=items.device)
-    top, left, bottom, right = box.view(-1, 4, 1, 1).unbind(1)  # each [B, 1, 1]
-    inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)  # [B, H, W]
-    if items.ndim == 4:
-        inside = inside.unsqueeze(1)  # [B, 1, H, W]
-    return torch.where(inside, items.flip(0), items)
+    batch is its own. (The authors': another crop of the same image.) items: [B, H, W] or [B, 3, H,
+    W]; box: [B, 4]."""
+    mixed = items.clone()
+    for i, (top, left, bottom, right) in enumerate(box.tolist()):
+        mixed[i, ..., top:bottom, left:right] = items[-1 - i, ..., top:bottom, left:right]
+    return mixed
 
 
 def supervised_loss(logits, y):
@@ -933,34 +886,30 @@ def supervised_loss(logits, y):
     return loss / (y != IGNORE).sum().clamp(min=1)  # 0 if no pixel is known
 
 
-def consistency_loss(logits, label, confidence, padding, conf_thresh=0.95, weighting="pixel"):
+def consistency_loss(logits, t: Targets, conf_thresh=0.95, weighting="pixel"):
     """Cross-entropy with pseudo-labels. Each pixel's loss is multiplied by its weight; the sum over
     all pixels that are no padding is divided by their number. (Divided by the sum of the weights,
-    an image with few confident pixels would count as much as one with many.)
-    logits [B, N, H, W]; label (int64), confidence, padding (bool) [B, H, W]. Weights: "pixel", 1
-    where confidence reaches conf_thresh, else 0; "mean", the (mixed) image's mean confidence."""
-    valid = ~padding
-    loss = F.cross_entropy(logits, label, reduction="none")  # [B, H, W]
+    an image with few confident pixels would count as much as one with many.) logits [B, N, H, W].
+    Weights: "pixel", 1 where confidence reaches conf_thresh, else 0; "mean", the (mixed) image's
+    mean confidence."""
+    valid = ~t.padding
+    loss = F.cross_entropy(logits, t.label, reduction="none")  # [B, H, W]
     if weighting == "pixel":
-        weight = (confidence >= conf_thresh).float()  # [B, H, W]
+        weight = (t.confidence >= conf_thresh).float()  # [B, H, W]
     else:
         pixels = valid.sum((1, 2), keepdim=True).clamp(min=1)
-        weight = (confidence * valid).sum((1, 2), keepdim=True) / pixels  # [B, 1, 1]
+        weight = (t.confidence * valid).sum((1, 2), keepdim=True) / pixels  # [B, 1, 1]
     return torch.where(valid, loss * weight, 0).sum() / valid.sum().clamp(min=1)
 
 
-def semivl_loss(
-    logits: dict, y, targets: dict, guidance_weight: float, conf_thresh=0.95, weighting="pixel"
-) -> dict:
+def semivl_loss(logits, y, targets, guidance_weight, conf_thresh=0.95, weighting="pixel") -> dict:
     """The formula above, as scalars: "x"; for each view "s1", "guidance_s1", ...; "total".
     logits: {"x": ..., "s1": ..., "s2": ..., "fp": ...}, [B, N, H, W] each. y: masks of x, int64 [B,
     H, W]. targets: view -> Targets, not for x; if {}, total is L_x. guidance_weight: lambda."""
     losses = {"x": supervised_loss(logits["x"], y)}
     for view, t in targets.items():
-        losses[view] = consistency_loss(
-            logits[view], t.label, t.confidence, t.padding, conf_thresh, weighting
-        )
-        # Divided by ALL pixels, those without a label of CLIP and padding, too: as published.
+        losses[view] = consistency_loss(logits[view], t, conf_thresh, weighting)
+        # Divided by ALL pixels, padding and those without a label of CLIP included: as published.
         loss = F.cross_entropy(logits[view], t.clip_label, ignore_index=IGNORE, reduction="sum")
         losses[f"guidance_{view}"] = loss / t.clip_label.numel()
     total = losses["x"]
@@ -987,21 +936,22 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
     memory the student works off the batch in micro-batches.
     student: SemiVL, perhaps in DistributedDataParallel. teacher: the model that labels. guidance:
     FrozenGuidance, or None. batch: stacked items of TrainingSet on one device, without "files".
-    step: from 0 to cfg.steps - 1; with cfg.seed it seeds torch, for the feature dropout. Of cfg it
-    reads unlabelled, batch, micro_batch, steps (above 0: `train` fills it in), seed, precision,
-    conf_thresh, weighting and guidance.
+    step: from 0 to cfg.steps - 1 (cfg.steps must not be 0 here: `train` fills it in).
     Returns the losses of `semivl_loss`, means over micro-batches, and "kept": the share of pixels
     that have a confident pseudo-label."""
     device = batch["x"].device
     size = len(batch["x"])  # this process's share of cfg.batch
     images = {"x": batch["x"] / 255}  # view -> [size, 3, crop, crop], values in [0, 1]
     targets = {}  # view -> Targets
+    losses = {}
 
     if cfg.unlabelled:
         # Teacher and frozen CLIP label the weak views.
         w = batch["w"] / 255
         with autocast(cfg, device):
             weak = make_targets(teacher, guidance, w, batch["padding"])  # [size, crop, crop] each
+        sure = (weak.confidence >= cfg.conf_thresh) & ~weak.padding
+        losses["kept"] = sure.sum() / (~weak.padding).sum().clamp(min=1)
 
         # CutMix changes images and targets alike. It comes before the split into micro-batches, so
         # images find a partner with --micro-batch 1, too.
@@ -1013,16 +963,14 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
         targets["fp"] = weak
 
     # The student predicts all views of a micro-batch in one forward; losses; backward.
-    losses = {}
     micro = math.gcd(cfg.micro_batch, size)  # divides this process's share of the batch
     for start in range(0, size, micro):
         chunk = slice(start, start + micro)
         # With several processes only the last micro-batch exchanges gradients. This is a switch of
         # DistributedDataParallel; on a plain SemiVL it has no effect.
         student.require_backward_grad_sync = chunk.stop == size
-        # Each step and micro-batch has a seed of its own for the feature dropout, so that a resumed
-        # run drops the same channels. TrainingSet's seeds start at cfg.seed * 10**9; these start
-        # 10**9 // 2 above that, so that the two do not meet.
+        # Feature dropout has a seed for each step and micro-batch, so that a resumed run drops the
+        # same channels. TrainingSet's seeds start at cfg.seed * 10**9, these 10**9 // 2 above.
         first = step * cfg.batch + RANK * size + start
         torch.manual_seed(cfg.seed * 10**9 + 10**9 // 2 + first)
         # x, s1, s2, fp, one after the other: [views * micro, 3, crop, crop]
@@ -1033,24 +981,15 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
         targets_of = {}
         for view, fields in targets.items():
             targets_of[view] = Targets(*[field[chunk] for field in fields])
-        terms = semivl_loss(
-            logits_of,
-            batch["y"][chunk].long(),
-            targets_of,
-            guidance_weight=cfg.guidance * (1 - step / cfg.steps),
-            conf_thresh=cfg.conf_thresh,
-            weighting=cfg.weighting,
-        )
+        y = batch["y"][chunk].long()
+        lam = cfg.guidance * (1 - step / cfg.steps)
+        terms = semivl_loss(logits_of, y, targets_of, lam, cfg.conf_thresh, cfg.weighting)
         # Each micro-batch has divided by its own number of pixels, as each GPU of the authors does.
         # With padding the gradient is close to that of the whole batch, but not equal to it.
         share = micro / size
         (terms["total"] * share).backward()
         for name, loss in terms.items():
             losses[name] = losses.get(name, 0.0) + loss.detach() * share
-
-    if cfg.unlabelled:
-        sure = (weak.confidence >= cfg.conf_thresh) & ~weak.padding
-        losses["kept"] = sure.sum() / (~weak.padding).sum().clamp(min=1)
     return losses
 
 
@@ -1107,11 +1046,9 @@ def segment(model, image: Image.Image, cfg: Config, device: torch.device) -> tor
     # interpolated. Aligned corners here, but not in SemiVL.forward: both as in the authors' code.
     best = torch.full(size, -math.inf, device=device)
     label = torch.zeros(size, dtype=torch.uint8, device=device)
-    for first in range(0, scores.shape[1], 8):  # all classes at full size would fill the memory
-        group = scores[:, first : first + 8]
-        group = F.interpolate(group, size, mode="bilinear", align_corners=True)[0]  # [8, H, W]
-        score, index = group.max(0)
-        label = torch.where(score > best, (first + index).byte(), label)
+    for n, score in enumerate(scores.split(1, dim=1)):  # all at once would fill the memory
+        score = F.interpolate(score, size, mode="bilinear", align_corners=True)[0, 0]  # [H, W]
+        label[score > best] = n
         best = best.maximum(score)
     return label
 
@@ -1138,38 +1075,35 @@ def evaluate(model, folder: Folder, entries: list, cfg: Config, device) -> torch
     for entry in progress(entries[RANK::WORLD], "evaluate"):  # this process's share
         image, mask = folder.pair(entry)
         matrix += confusion_matrix(segment(model, image, cfg, device), mask.to(device), N)
-    return iou_per_class(sum_over_processes(matrix).cpu())
+    if WORLD > 1:
+        dist.all_reduce(matrix)
+    return iou_per_class(matrix.cpu())
 
 
 def report(models: dict, folder: Folder, cfg: Config, device) -> dict:
-    """Prints IoU per class on the test images, else on validation. Frozen CLIP has columns, too:
-    what training has added is the difference. models: title -> model; returns title -> mIoU,
-    percent."""
-    split, entries = ("test", folder.test) if folder.test else ("val", folder.val)
-    table = {title: evaluate(m, folder, entries, cfg, device) for title, m in models.items()}
-    heading = f"IoU, {split}"
-    say(f"{heading:20}" + "".join(f"{title:>21}" for title in table))
-    for n, name in enumerate(folder.classes):
-        say(f"{name:20}" + "".join(f"{iou[n]:21.1f}" for iou in table.values()))
-    means = {title: float(iou.nanmean()) for title, iou in table.items()}
-    say(f"{'mIoU':20}" + "".join(f"{miou:21.1f}" for miou in means.values()))
-    return means
+    """Prints IoU per class on the test images, else on validation; a column for each model.
+    models: title -> model; returns title -> mIoU, percent."""
+    split = "test" if folder.test else "val"
+    entries = folder.test or folder.val
+    columns = [evaluate(model, folder, entries, cfg, device) for model in models.values()]
+    means = [float(iou.nanmean()) for iou in columns]
+    say(f"IoU, {split}".ljust(20) + "".join(f"{title:>21}" for title in models))
+    for name, *numbers in [*zip(folder.classes, *columns), ("mIoU", *means)]:
+        say(f"{name:20}" + "".join(f"{number:21.1f}" for number in numbers))
+    return dict(zip(models, means))
 
 
 # 10. The run: how do steps become a trained model that can be stopped at any time? ----------------
-# Each step: learning rates, `training_step`, AdamW, EMA teacher; now and then an evaluation, and
-# last.pt. That file has the student, the teacher, the optimiser and the settings. It has neither
-# the images nor frozen CLIP, so these and CLIP's weights have to be where they were. Items of data
-# and feature dropout depend on the seed and the step alone. So a run that was stopped goes on as if
-# it had not been stopped, bit for bit, with the same --micro-batch and processes (on a CPU; CUDA
-# may add in another order).
-# VOC's 80 epochs of 10,490 unlabelled images, 8 a step, are about 105,000 steps.
+# last.pt has the student, the teacher, the optimiser and the settings. It has neither the images
+# nor frozen CLIP, so these and CLIP's weights have to be where they were. Items of data and feature
+# dropout depend on the seed and the step alone. So a run that was stopped goes on as if it had not
+# been stopped, bit for bit, with the same --micro-batch and processes (on a CPU; CUDA may add in
+# another order).
 # Under torchrun every process runs this file: item i goes to process i % WORLD, DDP averages the
 # gradients, evaluation shares the images, and process 0 alone prints and writes.
 def pick_device(name: str) -> torch.device:
-    """For "auto" what torch finds (CUDA; MPS, which is Apple's), else the CPU. Under torchrun each
-    process takes the GPU of its LOCAL_RANK, and waits here for the others. Neither has been tried
-    on a GPU."""
+    """For "auto" what torch finds (CUDA, Apple's MPS), else the CPU. Under torchrun each process
+    takes the GPU of its LOCAL_RANK, and waits here for the others. (Not tried on any GPU.)"""
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     if WORLD > 1:
@@ -1179,13 +1113,6 @@ def pick_device(name: str) -> torch.device:
         dist.init_process_group()
     with blame(f"--device {name}"):
         return torch.zeros(1, device=name).device  # a device that is not there is told here
-
-
-def sum_over_processes(numbers: torch.Tensor) -> torch.Tensor:
-    """The sum of each number over all processes, in place; nothing to do if there is one."""
-    if WORLD > 1:
-        dist.all_reduce(numbers)
-    return numbers
 
 
 def learning_rate(base: float, step: int, steps: int) -> float:
@@ -1198,14 +1125,12 @@ def make_optimizer(student: SemiVL, cfg: Config) -> torch.optim.AdamW:
     """AdamW with two rates: the decoder starts from nothing, the ViT must stay close to CLIP. AdamW
     moves a weight by about its rate in a step, whatever the size of the gradient. Weight decay is
     on everything that trains, norms and biases too, as in the authors' code."""
-    decoder = dict(params=[], lr=cfg.lr, base_lr=cfg.lr)
-    vit = dict(params=[], lr=cfg.vit_lr, base_lr=cfg.vit_lr)
-    for name, p in student.named_parameters():
-        if p.requires_grad:
-            # The stem of conv_skip ("conv.") is pretrained, so it has the low rate of the ViT.
-            group = decoder if name.startswith("decoder.") else vit
-            group["params"].append(p)
-    return torch.optim.AdamW([decoder, vit], weight_decay=0.01)
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    decoder = [p for name, p in trained.items() if name.startswith("decoder.")]
+    # The stem of conv_skip is pretrained, so it has the low rate of the ViT, too.
+    vit = [p for name, p in trained.items() if not name.startswith("decoder.")]
+    groups = [dict(params=decoder, lr=cfg.lr), dict(params=vit, lr=cfg.vit_lr)]
+    return torch.optim.AdamW(groups, weight_decay=0.01)
 
 
 def free_folder(out: str, default: Path) -> Path:
@@ -1220,31 +1145,34 @@ def free_folder(out: str, default: Path) -> Path:
     return path
 
 
-def to_json(content: dict) -> str:
-    """JSON has no NaN, which is the mIoU if no pixel has a label; null takes its place."""
-    return json.dumps(content).replace("NaN", "null")
-
-
 class Run:
-    """A run's folder. last.pt is the run as it was last saved; best.pt has its teacher alone, as it
-    was at the best validation. Process 0 alone writes. modules: name in last.pt -> student, teacher
-    ("model"), optimiser; facts: what else both files have."""
+    """A run's folder; process 0 alone writes. last.pt is of the last step; best.pt, of the best
+    validation, has the teacher alone. modules: key in the file -> student, teacher ("model"),
+    optimiser; facts: what else the files have; saved: what last.pt has, to go on from there."""
 
-    def __init__(self, path: Path, modules: dict, facts: dict):
-        self.path, self.modules, self.facts = path, modules, facts
+    def __init__(self, cfg: Config, modules: dict, facts: dict, saved: dict | None):
+        self.modules, self.facts = modules, facts
         self.step = 0  # optimiser steps that are done
         self.best = -1.0  # validation mIoU
-        if RANK == 0 and not path.exists():
-            path.mkdir(parents=True)
-            (path / "semivl.py").write_bytes(Path(__file__).read_bytes())  # what made the weights
-        if RANK == 0:
-            # 1: a line is written at once, so a killed run loses none. The file stays open, since
-            # that holds the lock.
-            self.file = open(path / "log.jsonl", "a", 1, encoding="utf-8")  # noqa: SIM115
-            self.lock()
-
-    def lock(self) -> None:
-        """Keeps other processes out of this folder as long as the log is open."""
+        self.path = Path(cfg.out)
+        if saved:
+            for key in ("classes", "images"):
+                same = str(saved[key]) == str(facts[key])  # as text: the order of classes counts
+                require(same, f"{cfg.dataset}: its {key} changed since the run began")
+            self.step, self.best = saved["step"], saved["best"]
+            with blame(f"{self.path}/last.pt does not fit the settings"):
+                for key, module in modules.items():
+                    module.load_state_dict(saved[key])
+        if RANK > 0:
+            return
+        if not saved:
+            name = f"{Path(cfg.dataset).resolve().name}-{cfg.labels}"
+            self.path = free_folder(cfg.out, Path("runs", name))
+            self.path.mkdir(parents=True)
+            source = Path(__file__).read_bytes()
+            (self.path / "semivl.py").write_bytes(source)  # what made the weights
+        # 1: a line is written at once, so a killed run loses none. The open file holds the lock.
+        self.file = open(self.path / "log.jsonl", "a", 1, encoding="utf-8")  # noqa: SIM115
         with contextlib.suppress(ImportError):  # Windows has no fcntl
             import fcntl
 
@@ -1255,7 +1183,7 @@ class Run:
         """Appends a line to log.jsonl. A run that was killed repeats the steps since last.pt, and
         these stand there twice: the later line counts."""
         if RANK == 0:
-            self.file.write(to_json(dict(step=self.step) | entries) + "\n")
+            self.file.write(json.dumps(dict(step=self.step) | entries) + "\n")
 
     def save(self, name: str) -> None:
         """Writes last.pt or best.pt; the old file is replaced when the new one is complete."""
@@ -1267,43 +1195,14 @@ class Run:
                 content[key] = module.state_dict()
         with blame(f"{self.path / name} (make room; what was saved before is whole)"):
             # In the same folder, since only there the file is replaced in one operation.
-            torch.save(content, self.path / "new.tmp")
-            (self.path / "new.tmp").replace(self.path / name)
-
-    def validated(self, miou: float) -> None:
-        """Logs the validation mIoU, and keeps the best step so far."""
-        self.log(val_miou=miou)
-        if miou > self.best:
-            self.best = miou
-            self.save("best.pt")
-
-    def load(self, saved: dict) -> None:
-        """Goes on where last.pt, whose content `saved` is, was written. The optimiser's state has
-        AdamW's moments; learning rates follow from the step."""
-        self.step, self.best = saved["step"], saved["best"]
-        for key, module in self.modules.items():
-            module.load_state_dict(saved[key])
-
-
-def choose_images(folder: Folder, cfg: Config, saved: dict | None) -> tuple[list, list]:
-    """The labelled and unlabelled entries of a run; a resumed run keeps its labelled ones."""
-    labelled = saved["labelled"] if saved else draw_labelled(folder, cfg.labels, cfg.seed)
-    check_labelled(folder, labelled)
-    # An image is in one list or in the other, so L_x never sees what L_s sees.
-    taken = {image for image, _ in labelled}
-    unlabelled = [(image, None) for image, _ in folder.train if image not in taken]
-    require(unlabelled or not cfg.unlabelled, "no image is left unlabelled: add --unlabelled off")
-    alone = math.gcd(cfg.micro_batch, cfg.batch // WORLD) == 1 and not cfg.unlabelled
-    told = "--decoder vision has batch norm: without unlabelled images take --micro-batch 2"
-    require(cfg.decoder != "vision" or not alone, told)
-    if cfg.unlabelled and cfg.batch == WORLD:
-        say("note: a process has one image a step: CutMix finds no partner and does nothing")
-    return labelled, unlabelled
+            file = self.path / "new.tmp"
+            torch.save(content, file)
+            file.replace(self.path / name)
 
 
 def make_networks(cfg: Config, folder: Folder, device: torch.device):
-    """The student, frozen CLIP by definitions and by names, and CLIP's config (see `load_clip`).
-    `by_names` is only evaluated: it shows what the definitions are worth."""
+    """The student; frozen CLIP as guidance; the columns of frozen CLIP in tables (title -> model);
+    CLIP's config (see `load_clip`)."""
     clip, clip_config = load_clip(cfg)
     words = describe_classes(clip, folder.classes, cfg.decoder_text, cfg.definitions)
     pretrained = cfg.clip_weights != "none"
@@ -1311,106 +1210,89 @@ def make_networks(cfg: Config, folder: Folder, device: torch.device):
     frozen = frozen_copy(student.clip)  # before training, and before a checkpoint is loaded
     guidance = FrozenGuidance(frozen, words.concepts, words.sizes, cfg.guidance_conf_thresh)
     by_names = FrozenGuidance(frozen, words.names, [1] * len(words.names))
-    return student, guidance.to(device), by_names.to(device), clip_config
-
-
-def make_loader(folder, labelled, unlabelled, cfg: Config, first_step: int) -> DataLoader:
-    """Batches of this process, from `first_step` to the end of the run. Items i, i + 1, ... go to
-    processes 0, 1, ..., so a step has the same items with any number of processes."""
-    # A range for a sampler: TrainingSet shuffles by itself, and a range can start at any step.
-    return DataLoader(
-        TrainingSet(folder, labelled, unlabelled if cfg.unlabelled else [], cfg),
-        cfg.batch // WORLD,
-        num_workers=min(cfg.workers, os.cpu_count() or 1),
-        sampler=range(first_step * cfg.batch + RANK, cfg.steps * cfg.batch, WORLD),
-        pin_memory=torch.cuda.is_available(),
-    )
+    baselines = {"CLIP by names": by_names.to(device)}
+    if not torch.equal(words.names, words.concepts):
+        baselines["CLIP by definitions"] = guidance  # shows what the definitions are worth
+    return student, guidance.to(device), baselines, clip_config
 
 
 def train(cfg: Config, saved: dict | None = None) -> None:
-    """A whole run: images, networks, folder, loop, table. It prints what a user has to know before
-    the first step: pixels per class, images, steps, device, frozen CLIP's mIoU. saved: what last.pt
-    holds, to go on from there; its folder is cfg.out."""
+    """A whole run: images, networks, folder, loop, table. saved: what last.pt holds, to go on from
+    there; its folder is cfg.out."""
     require(cfg.batch % WORLD == 0, f"--batch {cfg.batch} cannot be shared by {WORLD} processes")
     folder = open_data(cfg.dataset)
     device = pick_device(cfg.device)
 
-    labelled, unlabelled = choose_images(folder, cfg, saved)
+    labelled = saved["labelled"] if saved else draw_labelled(folder, cfg.labels, cfg.seed)
+    check_labelled(folder, labelled)
+    data = TrainingSet(folder, labelled, cfg)
     # With --unlabelled off a run is as long as with "on", so that the two can be compared. (Then
     # all images may be labelled.)
-    steps_per_epoch = max(1, len(unlabelled or labelled) // cfg.batch)
+    steps_per_epoch = max(1, len(data.unlabelled or labelled) // cfg.batch)
     cfg = dataclasses.replace(cfg, steps=cfg.steps or cfg.epochs * steps_per_epoch)
 
     # The networks. All random weights, and so the decoder's, come from this seed.
     torch.manual_seed(cfg.seed)
-    student, guidance, by_names, clip_config = make_networks(cfg, folder, device)
-    ema = EMATeacher(student, cfg.ema)
+    student, guidance, baselines, clip_config = make_networks(cfg, folder, device)
+    teacher = frozen_copy(student)
     optimizer = make_optimizer(student, cfg)
     # DistributedDataParallel notes what trains at this moment: after `spatial_fine_tuning`.
     parallel = nn.parallel.DistributedDataParallel(student) if WORLD > 1 else student
-    baselines = {"CLIP by names": by_names, "CLIP by definitions": guidance}
-    # Without definitions both read the same words, and one column is enough.
-    if torch.equal(by_names.concepts, guidance.concepts):
-        del baselines["CLIP by definitions"]
-    models = baselines | {"SemiVL" if cfg.unlabelled else "labels only": ema.model}
+    models = baselines | {"SemiVL" if cfg.unlabelled else "labels only": teacher}
 
     # The run's folder. `facts` are what `load_checkpoint` needs, and how to tell that the images
     # are still the same.
     facts = dict(config=dataclasses.asdict(cfg), classes=folder.classes, clip=clip_config)
     facts |= dict(labelled=labelled, images=len(folder.train))
-    default = Path("runs", f"{Path(cfg.dataset).resolve().name}-{cfg.labels}")
-    # Process 0 alone looks: another one could find the folder that process 0 has just made.
-    path = free_folder(cfg.out, default) if RANK == 0 and not saved else Path(cfg.out)
-    run = Run(path, dict(student=student, model=ema.model, optimizer=optimizer), facts)
-    if saved:
-        same = [*saved["classes"].items()] == [*folder.classes.items()]  # in this order, too
-        same = same and saved["images"] == len(folder.train)
-        require(same, f"{folder.path}: its lists or classes changed since the run started")
-        run.load(saved)
-    say(
-        f"{len(labelled)} labelled, {len(unlabelled)} unlabelled, {len(folder.val)} validation, "
-        f"{len(folder.test)} test images; {cfg.steps} steps on {device}; writes to {path}"
-    )
+    run = Run(cfg, dict(student=student, model=teacher, optimizer=optimizer), facts, saved)
+    to_train = f"{len(labelled)} labelled, {len(data.unlabelled)} unlabelled"
+    to_test = f"{len(folder.val)} validation, {len(folder.test)} test images"
+    say(f"{to_train}, {to_test}; {cfg.steps} steps on {device}; writes to {run.path}")
     for title, model in baselines.items():
         miou = evaluate(model, folder, folder.val[:100], cfg, device).nanmean()
         say(f"frozen {title}: mIoU {miou:.1f} (on at most 100 validation images)")
 
     # The loop: rates, gradients, one step of the optimiser and of the teacher; then the log, and
-    # now and then an evaluation.
-    loader = make_loader(folder, labelled, unlabelled, cfg, run.step)
+    # now and then an evaluation. Items i, i + 1, ... go to processes 0, 1, ..., so a step has the
+    # same items with any number of processes. TrainingSet shuffles, so the sampler is a range.
+    mine = range(run.step * cfg.batch + RANK, cfg.steps * cfg.batch, WORLD)
+    workers = min(cfg.workers, os.cpu_count() or 1)
+    loader = DataLoader(data, cfg.batch // WORLD, sampler=mine, num_workers=workers)
     if not cfg.guidance:
         guidance = None  # without its losses its labels are not needed
     clock = time.perf_counter()
     for batch in progress(loader, "train", total=cfg.steps, initial=run.step):
         files = batch.pop("files")
-        batch = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(group["base_lr"], run.step, cfg.steps)
-        losses = training_step(parallel, ema.model, guidance, batch, cfg, run.step)
-        # One call averages all losses over the processes.
-        means = sum_over_processes(torch.stack([*losses.values()]) / WORLD)
+        batch = {key: tensor.to(device) for key, tensor in batch.items()}
+        for group, base in zip(optimizer.param_groups, (cfg.lr, cfg.vit_lr)):
+            group["lr"] = learning_rate(base, run.step, cfg.steps)
+        losses = training_step(parallel, teacher, guidance, batch, cfg, run.step)
+        means = torch.stack([*losses.values()]) / WORLD
+        if WORLD > 1:
+            dist.all_reduce(means)
         losses = dict(zip(losses, means.tolist()))
         told = f"step {run.step + 1}: the loss is {losses['total']}; lower --lr, or look at {files}"
         # Before a weight changes. The mean is the same in all processes, so all of them stop.
         require(math.isfinite(losses["total"]), told)
         optimizer.step()
         optimizer.zero_grad()
-        ema.update(student, run.step)
+        update_teacher(teacher, student, run.step, cfg.ema)
 
         run.step += 1
         seconds = time.perf_counter() - clock
         rates = [group["lr"] for group in optimizer.param_groups]
         run.log(**losses, lr=rates, seconds=seconds, gb=torch.cuda.max_memory_allocated() / 1e9)
         if run.step % math.ceil(cfg.steps / cfg.evals) == 0 or run.step == cfg.steps:
-            miou = float(evaluate(ema.model, folder, folder.val, cfg, device).nanmean())
-            run.validated(miou)
-            say(
-                f"step {run.step}: loss {losses['total']:.3f}, kept {losses.get('kept', 0):.2f}, "
-                f"validation mIoU {miou:.1f}, {seconds:.3g} s/step"
-            )
+            miou = float(evaluate(teacher, folder, folder.val, cfg, device).nanmean())
+            run.log(val_miou=miou)
+            if miou > run.best:
+                run.best = miou
+                run.save("best.pt")
+            told = f"step {run.step}: loss {losses['total']:.3f}, kept {losses.get('kept', 0):.2f}"
+            say(f"{told}, validation mIoU {miou:.1f}, {seconds:.3g} s/step")
             # Process 0 alone draws: the models are the same in all processes.
             if RANK == 0:
-                save_sheet(path / "sheet.png", folder, models, cfg, device)
+                save_sheet(run.path / "sheet.png", folder, models, cfg, device)
             run.save("last.pt")
         elif run.step % cfg.save_every == 0:
             run.save("last.pt")
@@ -1419,31 +1301,29 @@ def train(cfg: Config, saved: dict | None = None) -> None:
     # too good.
     result = dict(val_best=run.best) | report(models, folder, cfg, device)
     if RANK == 0:
-        (path / "result.json").write_text(to_json(result), encoding="utf-8")
+        (run.path / "result.json").write_text(json.dumps(result))
 
 
 # 11. Weights: CLIP's, and those of our checkpoints ------------------------------------------------
-# open_clip fetches or reads CLIP's weights. last.pt and best.pt of a run also hold the settings,
-# the class names and CLIP's sizes, so that nothing needs to be typed again. A file can hold code,
-# which unpickling would run, so every one is read with weights_only; and a tensor that is missing,
-# left over or of another size is an error.
+# A file of weights can hold code, which unpickling would run, so every one is read with
+# weights_only. A checkpoint has to fit tensor by tensor. (Of CLIP's weights open_clip resizes the
+# position embedding; of the stem's file timm takes what it needs.)
 def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
     """The CLIP of --clip and --clip-weights, and its config, of which open_clip.CLIP(**config)
     makes one with random weights."""
-    name = cfg.clip
-    weights = cfg.clip_weights
+    name, weights = cfg.clip, cfg.clip_weights
     with blame(f"--clip {name} --clip-weights {weights}"):
         if name == "toy":
-            config = import_data_prep().TOY_CLIP
+            from data_prep import TOY_CLIP as config
+
             name = "local-dir:data/toy"
         else:
             config = open_clip.get_model_config(name) or {}
-        # Only a plain ViT has the parts that DenseCLIP calls by name. Other towers have further
-        # settings, or a list of layers (ResNets); other text towers have a tokenizer of their own.
-        known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
-        one_number = isinstance(config.get("vision_cfg", {}).get("layers"), int)
-        own_tokenizer = "hf_tokenizer_name" in config.get("text_cfg", {})
-        plain = {*config} <= known and one_number and not own_tokenizer
+        # Only a plain ViT has the parts that DenseCLIP calls by name. (ResNets have a list of
+        # layers, CoCa a third tower, other text towers a tokenizer of their own.)
+        layers = config.get("vision_cfg", {}).get("layers")
+        other = {"multimodal_cfg", "hf_tokenizer_name"} & {*config, *config.get("text_cfg", {})}
+        plain = isinstance(layers, int) and not other
         require(plain, "no plain ViT CLIP of open_clip, such as ViT-B-16-quickgelu")
         if weights == "none":
             return open_clip.CLIP(**config), config
@@ -1452,6 +1332,8 @@ def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
         trained = open_clip.get_pretrained_cfg(name, weights) or {}
         fits = trained.get("quick_gelu", quick) == quick
         require(fits, f"{weights} was trained with the other GELU; add or drop -quickgelu")
+        if Path(weights).is_file():  # no file tells
+            say(f"note: {name} uses {'QuickGELU' if quick else 'GELU'}; so must {weights}")
         if name.startswith("local-dir:") and weights == "openai":
             weights = None  # "openai" is only the option's default; a folder has its own weights
         return open_clip.create_model(name, weights, require_pretrained=True), config
@@ -1463,10 +1345,10 @@ def build_model(cfg: Config, visual: nn.Module, text: torch.Tensor, pretrained=F
     # Crop 801 gives 50 patches a side, although a padded crop has 51: as in the authors' weights.
     side = cfg.crop // visual.conv1.kernel_size[0]
     require(side, f"--crop {cfg.crop}: smaller than a patch of CLIP")
-    statistics = ()  # of colours; DenseCLIP takes CLIP's own
-    if cfg.authors_clip and not cfg.conv_skip:
-        statistics = (IMAGENET_MEAN, IMAGENET_STD)  # as the authors have it
-    clip = DenseCLIP(visual, (side, side), cfg.authors_clip, *statistics)
+    if cfg.authors_clip and not cfg.conv_skip:  # as the authors have it
+        visual.image_mean = IMAGENET_MEAN
+        visual.image_std = IMAGENET_STD
+    clip = DenseCLIP(visual, (side, side), cfg.authors_clip)
     spatial_fine_tuning(clip, cfg.finetune)
     E, D, C = clip.embed_dim, clip.width, cfg.decoder_channels
     if cfg.decoder == "vision":  # reads no shallow skip
@@ -1480,45 +1362,40 @@ def build_model(cfg: Config, visual: nn.Module, text: torch.Tensor, pretrained=F
     return SemiVL(clip, LanguageGuidedDecoder(E, D, D, C), text)
 
 
-def load_file(file, *needed: str) -> dict:
-    """A checkpoint of this program with these entries, without running code that may be in it."""
+def load_file(file, **changes) -> tuple[Config, dict]:
+    """The settings (with these changes) and the content of last.pt or best.pt, read without running
+    code that may be in it."""
     # The authors' files are read by `load_authors_checkpoint` in test_semivl.py.
     with blame(f"{file} is no last.pt or best.pt of a run (nor of the authors')"):
         content = torch.load(file, map_location="cpu", weights_only=True)
-        missing = {"config", "classes", "clip", "model", *needed} - {*content}
+        entries = "config classes clip labelled images step best model"
+        missing = {*entries.split()} - {*content}
         require(not missing, f"lacks {missing}")
-        return content
+        cfg = Config(**content["config"])
+    return dataclasses.replace(cfg, **changes), content
 
 
-def load_checkpoint(file, **changes) -> tuple[SemiVL, Config, dict]:
-    """A checkpoint -> model in eval mode, settings, class names and concepts."""
-    content = load_file(file)
-    settings = content["config"] | dict(device="auto", out="") | changes
-    with blame(f"{file} (of another version?)"):
-        cfg = Config(**settings)
-    # Random weights first: CLIP's file is not needed, since the checkpoint has all, with the mean
-    # and standard deviation of colours.
-    visual = open_clip.CLIP(**content["clip"]).visual
-    model = build_model(cfg, visual, content["model"]["text"])
-    model.load_state_dict(content["model"])
-    return model.eval(), cfg, content["classes"]
+def load_checkpoint(file, **changes) -> tuple[SemiVL, torch.device, Config, dict]:
+    """A checkpoint -> model in eval mode, its device, settings, class names and concepts."""
+    cfg, content = load_file(file, **dict(device="auto", out="") | changes)
+    with blame(f"{file} and the settings do not fit"):
+        # Random weights first: CLIP's file is not needed, since the checkpoint has all, with the
+        # mean and standard deviation of colours.
+        visual = open_clip.CLIP(**content["clip"]).visual
+        model = build_model(cfg, visual, content["model"]["text"])
+        model.load_state_dict(content["model"])
+    device = pick_device(cfg.device)
+    return model.to(device).eval(), device, cfg, content["classes"]
 
 
 # 12. Pictures: masks in colours, the sheet of a run -----------------------------------------------
 # A low mIoU does not say why: a mask that lies on its side, two classes exchanged. So a run draws
 # sheet.png at each evaluation.
-def class_colour(n: int) -> tuple[int, int, int]:
-    """Colour of class n. Steps of the golden ratio on the colour wheel keep neighbours apart."""
-    if n == 0:
-        return 77, 82, 92  # grey: class 0 is often the background
-    hue = (7 + 222.5 * n) % 360
-    value = 70 if n // 8 % 2 else 90  # hues come close with many classes: 8 bright, 8 dark
-    return ImageColor.getrgb(f"hsv({hue}, 60%, {value}%)")
-
-
 def colour_mask(mask: torch.Tensor) -> Image.Image:
     """Class numbers, uint8 [H, W] -> palette image whose values are still the class numbers."""
-    palette = [channel for n in range(IGNORE) for channel in class_colour(n)]
+    palette = [77, 82, 92]  # grey: class 0 is often the background
+    for n in range(1, IGNORE):  # steps of the golden ratio on the colour wheel
+        palette += ImageColor.getrgb(f"hsv({(7 + 222.5 * n) % 360}, 60%, 90%)")
     image = Image.fromarray(mask.cpu().numpy())
     image.putpalette([*palette, 255, 255, 255])  # IGNORE is white
     return image
@@ -1526,14 +1403,11 @@ def colour_mask(mask: torch.Tensor) -> Image.Image:
 
 def save_sheet(file: Path, folder: Folder, models: dict, cfg: Config, device) -> None:
     """Up to four validation images, a row each: image, truth, and what each model (title -> images
-    to logits) predicts. Class names stand below, in their colours."""
+    to logits) predicts."""
     side = 198  # of a cell, with a margin
     titles = ["image", "truth", *models]
     entries = folder.val[:: math.ceil(len(folder.val) / 4)]  # the first four may be of one scene
-    bottom = 24 + len(entries) * side
-    per_line = len(titles) * side // 120  # class names
-    lines = math.ceil(len(folder.classes) / per_line)
-    sheet = Image.new("RGB", (len(titles) * side, bottom + 20 * lines), "white")
+    sheet = Image.new("RGB", (len(titles) * side, 24 + len(entries) * side), "white")
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
         draw.text((column * side, 4), title, "black", font_size=14)
@@ -1545,31 +1419,23 @@ def save_sheet(file: Path, folder: Folder, models: dict, cfg: Config, device) ->
             # Resizing mixes colours at borders: the sheet is to look at, --predict writes numbers.
             cell = ImageOps.pad(cell, (side - 6, side - 6), color="white")
             sheet.paste(cell, (column * side, 24 + row * side))
-    for n, name in enumerate(folder.classes):
-        place = (n % per_line * 120, bottom + n // per_line * 20)
-        draw.text(place, name, class_colour(n), font_size=14)
     sheet.save(file)
 
 
 def predict(checkpoint: str, names: list[str], changes: dict) -> None:
     """--predict: NAME-mask.png (class numbers, in colours) and NAME-overlay.png of each image, also
-    of those in a folder. Of equal names the second becomes NAME-2: nothing is overwritten."""
+    of those in a folder. Nothing is overwritten."""
     files = []
     for path in map(Path, names):
         files += sorted(path.iterdir()) if path.is_dir() else [path]
     require(files, "--predict CKPT IMAGE ...: name images, too")
-    require(WORLD == 1, "--predict runs in one process, without torchrun")
-    model, cfg, _ = load_checkpoint(checkpoint, **changes)
-    device = pick_device(cfg.device)
-    model.to(device)
+    model, device, cfg, _ = load_checkpoint(checkpoint, **changes)
     out = free_folder(cfg.out, Path(checkpoint).parent / "predictions")
     for file in progress(files, "predict"):
         image = read_image(file)
         name = file.stem
-        number = 1
         while (out / f"{name}-mask.png").exists():  # images of several folders
-            number += 1
-            name = f"{file.stem}-{number}"
+            name += "-2"
         mask = colour_mask(segment(model, image, cfg, device))
         out.mkdir(parents=True, exist_ok=True)  # only now: what fails leaves no empty folder
         mask.save(out / f"{name}-mask.png")
@@ -1579,16 +1445,7 @@ def predict(checkpoint: str, names: list[str], changes: dict) -> None:
 
 
 # 13. Command line ---------------------------------------------------------------------------------
-# Four things can be done: train (the default), --resume a run, --eval and --predict with a
-# checkpoint. A user's mistake ends in one line and exit code 2; a bug keeps its traceback. Settings
-# come from Config, then from the preset or the checkpoint, then from what is typed; the last of
-# these that has one wins.
-
-# What may be typed with --resume, --eval or --predict. All other settings are the checkpoint's:
-# with another crop, for example, the position embedding would have another size.
-FREE = "dataset device workers out steps micro_batch stride clip_weights"
-
-
+# A user's mistake ends in one line and exit code 2; a bug keeps its traceback.
 def on_or_off(text: str) -> bool:
     if text not in ("on", "off"):
         raise ValueError(text)  # argparse makes its own message of it
@@ -1599,9 +1456,7 @@ def parse_args(argv) -> dict:
     """The options that were typed, with their values; --help shows the source of Config."""
     # Config's source is shown as far as its first blank line, so its fields have none.
     parser = argparse.ArgumentParser(
-        usage="semivl.py [options]",
-        description="Every field of Config is an option: vit_lr is --vit-lr.",
-        epilog=inspect.getsource(Config).partition("\n\n")[0],  # its fields and their comments
+        description=inspect.getsource(Config).partition("\n\n")[0],  # its fields and comments
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -1612,44 +1467,34 @@ def parse_args(argv) -> dict:
     parser.add_argument("--eval", metavar="CKPT", help="IoU per class of a checkpoint")
     parser.add_argument("--predict", nargs="+", metavar=("CKPT", "IMAGE"), help="masks of images")
     for name, kind in Config.__annotations__.items():
-        choices = get_args(kind) or None
-        if choices:
-            kind = str
-        elif kind is bool:
+        if kind is bool:
             kind = on_or_off
-        option = "--" + name.replace("_", "-")
-        parser.add_argument(option, type=kind, choices=choices, help=argparse.SUPPRESS)
+        elif get_args(kind):
+            kind = str  # Config itself checks choices
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, help=argparse.SUPPRESS)
     return vars(parser.parse_args(argv))
 
 
 def run_command(typed: dict) -> None:
     """Does what the command line says. typed: what `parse_args` returns."""
     actions = {name: typed.pop(name) for name in ("resume", "eval", "predict") if name in typed}
-    fixed = {*typed} - {*FREE.split()}
-    require("resume" not in actions or "out" not in typed, "--resume writes to its own folder")
     require(len(actions) < 2, "one of --resume, --eval, --predict at a time")
-    require(not actions or not fixed, f"the checkpoint says what {', '.join(fixed)} is")
+    if "epochs" in typed:
+        typed.setdefault("steps", 0)  # the steps of a preset or a checkpoint would win
     if "resume" in actions:
-        needed = "step", "best", "labelled", "images", "student", "optimizer"
-        saved = load_file(Path(actions["resume"], "last.pt"), *needed)
-        settings = saved["config"] | typed | dict(out=actions["resume"])
-        with blame(f"{actions['resume']} (of another version?)"):
-            cfg = Config(**settings)
-        train(cfg, saved)
+        require(not {"out", "labels"} & {*typed}, "--resume keeps its folder and labelled images")
+        train(*load_file(Path(actions["resume"], "last.pt"), out=actions["resume"], **typed))
     elif "eval" in actions:
-        model, cfg, classes = load_checkpoint(actions["eval"], **typed)
+        model, device, cfg, classes = load_checkpoint(actions["eval"], **typed)
         folder = open_data(cfg.dataset)
-        device = pick_device(cfg.device)
         require([*folder.classes] == [*classes], f"{folder.path}: other classes")
-        report({"SemiVL": model.to(device)}, folder, cfg, device)
+        report({"SemiVL": model}, folder, cfg, device)
     elif "predict" in actions:
         checkpoint, *names = actions["predict"]
         predict(checkpoint, names, typed)
     else:
         dataset = typed.get("dataset", "toy")  # a FOLDER has no preset, so VOC's defaults
         preset = parse_args(PRESETS.get(dataset, "").split())
-        if "epochs" in typed:
-            preset.pop("steps", None)  # the toy's and Cityscapes' steps would win
         train(Config(**preset | typed))
     if WORLD > 1:
         dist.destroy_process_group()
