@@ -4,7 +4,7 @@
     python data_prep.py voc                          fetches, unpacks, checks; also coco, ade20k
     python data_prep.py cityscapes --source FOLDER   from the two archives that its login gives
     python data_prep.py FOLDER --images DIR --masks DIR --classes a,b,c   from your own pictures
-    python data_prep.py FOLDER --images EXPORT       from an export of CVAT, Roboflow or labelme
+    python data_prep.py FOLDER --images EXPORT       of CVAT, Roboflow, labelme, a FOLDER of before
     python data_prep.py FOLDER                       checks a folder that is there
 
 Published sets and the toy world are made in data/. A data folder looks like this:
@@ -85,10 +85,6 @@ def in_threads(function, items: list, title: str) -> list:
     problems = [str(result) for result in results if isinstance(result, UserError)]
     require(not problems, *problems)
     return results
-
-
-def write_json(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 # The published data sets --------------------------------------------------------------------------
@@ -296,7 +292,7 @@ def settle(name: str, folder: Path) -> None:
         files = folder.glob(TRAIN_IMAGES[name])
         images = sorted(file.relative_to(folder).as_posix() for file in files)
     train.write_text("\n".join(images), encoding="utf-8")
-    write_json(folder / "dataset.json", describe(name))
+    (folder / "dataset.json").write_text(json.dumps(describe(name), indent=2))
 
     counts = dict(zip(("train.txt", "val.txt"), COUNTS[name]))
     for file in ("train.txt", *LISTS[name]):
@@ -613,7 +609,8 @@ def make_toy(folder: Path) -> None:
                 image.save(folder / name)
         lines = "".join(f"{image} {mask}\n" for image, mask in names)
         (folder / f"splits/{split}.txt").write_text(lines, encoding="utf-8")
-    write_json(folder / "dataset.json", {"classes": TOY_CLASSES, "definitions": TOY_DEFINITIONS})
+    content = {"classes": TOY_CLASSES, "definitions": TOY_DEFINITIONS}
+    (folder / "dataset.json").write_text(json.dumps(content, indent=2))
     painter = Painter("corpus 0")
     bar = tqdm(range(CORPUS), "painting the corpus", disable=None)
     images, captions = zip(*(painter.captioned() for _ in bar))
@@ -622,7 +619,7 @@ def make_toy(folder: Path) -> None:
     torch.save(clip.state_dict(), folder / "open_clip_pytorch_model.bin")
     colors = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     config = {"model_cfg": TOY_CLIP, "preprocess_cfg": colors}
-    write_json(folder / "open_clip_config.json", config)
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
 
 
 # Your own pictures --------------------------------------------------------------------------------
@@ -631,6 +628,7 @@ def make_toy(folder: Path) -> None:
 
 NO_LABEL = ("void", "ignore", "__ignore__", "unlabeled", "unlabelled")  # these are no classes
 LABELMAPS = ("labelmap.txt", "_classes.csv", "class_names.txt", "labels.txt")  # in exports
+VAL_LISTS = ("ImageSets/Segmentation/val.txt", "splits/val.txt")  # of VOC; of a data folder
 IMAGE_FOLDERS = set("images image img img_dir jpegimages".split())
 MASK_FOLDERS = set("masks mask labels annotations ann_dir segmentationclass".split())
 PARTS = {"val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
@@ -642,6 +640,13 @@ def read_labelmap(file: Path) -> dict:
     """Value -> name, of CVAT ("NAME:R,G,B::" a line), Roboflow ("VALUE, NAME") or labelme ("NAME").
     For the comma there may be a semicolon or TAB, as Excel writes them, or a blank."""
     names, kinds = {}, set()
+    if file.name == "dataset.json":  # of a data folder with "colors" or "ignore_index"
+        with blame(file):
+            content = json.loads(file.read_text("utf-8-sig"))
+            colors = content.get("colors", {})
+            for number, name in enumerate(content["classes"]):
+                names[tuple(colors[name]) if name in colors else number] = name
+            return names | {content.get("ignore_index", IGNORE): "void"}
     for at, line in enumerate(file.read_text("utf-8-sig", "replace").splitlines(), 1):
         line = re.sub(r"\s*([:,;\t])\s*", r"\1", line.strip())
         head = r"(pixel value|value|id|index)[,;\t].*|names?|class(es)?"
@@ -724,11 +729,9 @@ def find_pictures(images: list[Path], masks: list[Path]) -> tuple[dict, dict]:
     told = ", ".join(f"{n} {suffix}" for suffix, n in (+left_out).most_common(5))
     for kind, files in zip(("images", "masks"), found):
         where = ", ".join(map(str, images if kind == "images" else masks))
-        require(
-            files,
-            f"{where}: no {kind} there" + (told and f", but {told}, which are no pictures") + ". "
-            f"Images are needed, and masks for some (polygons must be drawn first); {RULE}",
-        )
+        but = f", but {told}, which are no pictures" if told else ""
+        needed = f"Images are needed, and masks for some (polygons must be drawn first); {RULE}"
+        require(files, f"{where}: no {kind} there{but}. {needed}")
     texts = ".txt .csv .json .xml .yaml .npy .md".split()  # nobody takes them for photographs
     told = ", ".join(f"{n} {suffix}" for suffix, n in (+left_out).items() if suffix not in texts)
     if told:
@@ -825,11 +828,8 @@ def convert_masks(place_of: dict[Path, Path], names: dict, source: str) -> None:
     found = dict(zip(place_of, in_threads(count, [*place_of], "read masks")))
     seen = set().union(*found.values())
     in_order = sorted(seen, key=lambda value: (isinstance(value, tuple), value))
-    require(
-        names,
-        f"masks hold {in_order[:30]}: name 0, 1, 2 ... by --classes a,b,c, other "
-        "values by --labelmap FILE with lines VALUE, NAME, colours with lines NAME:R,G,B",
-    )
+    told = f"masks hold {in_order[:30]}: name 0, 1, 2 ... by --classes a,b,c, other values by"
+    require(names, f"{told} --labelmap FILE with lines VALUE, NAME, colours with NAME:R,G,B")
     classes = class_list(names, source)
     if [*names] == [0, 1] and 255 in seen <= {0, 255}:
         print(f"note: masks hold 0 and 255 only; read as {names[0]} and {names[1]}")
@@ -842,11 +842,10 @@ def convert_masks(place_of: dict[Path, Path], names: dict, source: str) -> None:
         wrong = {value: n for value, n in counts.items() if value not in table}
         if wrong:
             told = ", ".join(f"{value}: {n} pixels" for value, n in [*wrong.items()][:8])
-            problems.append(
-                f"{mask}: no class of {source} has {told}; correct the mask, or name it"
-            )
+            problem = f"{mask}: no class of {source} has {told}; correct the mask, or name it"
             if not by_color and isinstance([*wrong][0], tuple):
-                problems[-1] += " in a --labelmap with lines NAME:R,G,B"
+                problem += " in a --labelmap with lines NAME:R,G,B"
+            problems.append(problem)
     require(not problems, *problems)
 
     def convert(mask: Path) -> None:
@@ -905,16 +904,15 @@ def write_folder(home, classes: list, lists: dict, place_of: dict, names: dict, 
         new = Path(temporary)
         new_place = {mask: new / "masks" / name for mask, name in place_of.items()}
         convert_masks(new_place, names, source)
-        new_lists = {
-            name: [(image, new_place.get(mask)) for image, mask in pairs]
-            for name, pairs in lists.items()
-        }
+        new_lists = {}
+        for name, pairs in lists.items():
+            new_lists[name] = [(image, new_place.get(mask)) for image, mask in pairs]
         check(classes, new_lists)
         (new / "splits").mkdir()
         for name, pairs in lists.items():
             lines = [list_line((i, m and target / place_of[m]), home) for i, m in pairs]
             (new / f"splits/{name}.txt").write_text("\n".join([*lines, ""]), encoding="utf-8")
-        write_json(new / "dataset.json", {"classes": classes})
+        (new / "dataset.json").write_text(json.dumps({"classes": classes}, indent=2))
         home.mkdir(exist_ok=True)
         (new / "masks").rename(target)
         (new / "splits").rename(home / "splits")
@@ -936,16 +934,19 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
     if not (classes or labelmap):  # an export brings it with it
         places = [place for root in roots for place in (root, *sorted(root.glob("*/")))]
         brought = [place / name for place in places for name in LABELMAPS]
+        brought += [root / "dataset.json" for root in roots]
         labelmap = next(filter(Path.is_file, brought), None)
     names = read_labelmap(Path(labelmap)) if labelmap else dict(enumerate(classes or ()))
     source = str(labelmap or "--classes")
     classes = class_list(names, source) if names or labelmap else []
 
     pairs = pair_pictures(images, masks)
-    listed = [file for root in roots for file in root.glob("ImageSets/Segmentation/val.txt")]
+    lists = [root / name for root in roots for name in VAL_LISTS]
+    listed = [file for file in lists if file.is_file()]
     if listed:
         print(f"note: {listed[0]} says which images validate")
-    in_val = {name.lower() for file in listed for name in file.read_text("utf-8").split()}
+    words = [word.lower() for file in listed for word in file.read_text("utf-8").split()]
+    in_val = {*words} | {Path(word).stem for word in words}
     lists = divide(pairs, in_val, val, seed)
     place_of = {mask: f"{key}.png" for key, (_, mask) in pairs.items() if mask}
     write_folder(home, classes, lists, place_of, names, source)
@@ -1057,7 +1058,6 @@ def main(argv=None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     sets = ["toy", *ARCHIVES]
-
     parser.add_argument("dataset", metavar="NAME", help=f"{', '.join(sets)}, or a FOLDER")
     parser.add_argument("--source", metavar="FOLDER", help="that has the archives of a named set")
     parser.add_argument("--images", metavar="DIR", nargs="+", help="pictures, also in subfolders")

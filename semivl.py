@@ -79,11 +79,11 @@ from tqdm import tqdm
 
 
 # 1. Settings: what can be chosen, and what did the paper choose for each data set? ----------------
-# Every field of Config is an option of the command line: `vit_lr` is --vit-lr. The defaults are
-# VOC's. PRESETS has what differs for another data set; an option that is typed wins over both. A
-# checkpoint keeps the settings, so they are never typed twice.
 @dataclasses.dataclass
 class Config:
+    # Every field is an option of the command line: `vit_lr` is --vit-lr; a bool is on or off. The
+    # defaults are VOC's. PRESETS has what differs for another data set; an option that is typed
+    # wins over both. A checkpoint keeps the settings, so they are never typed twice.
     # Data
     dataset: str = "voc"  # voc, coco, ade20k, cityscapes, toy or FOLDER; if it is not typed: toy
     labels: int = 92  # how many images are labelled; all others of train.txt are used without mask
@@ -91,7 +91,7 @@ class Config:
     fit: bool = True  # resize so that the short side is crop (training: crop * scale); off: do not
     scale_min: float = 0.5  # smallest factor of the random scale
     scale_max: float = 2.0  # largest factor of the random scale
-    workers: int = 4  # processes that load images; 0: the training process itself
+    workers: int = 4  # processes that load images, one per CPU core at most; 0: none but the main
     # Networks
     clip: str = "ViT-B-16-quickgelu"  # a plain ViT CLIP of open_clip; toy; or local-dir:FOLDER
     clip_weights: str = "openai"  # a tag of open_clip's pretrained weights, FILE, or none: random
@@ -139,6 +139,9 @@ class Config:
         for name in "conf_thresh guidance_conf_thresh ema".split():
             require(0 <= getattr(self, name) <= 1, f"setting {name}: between 0 and 1")
         require(self.scale_min <= self.scale_max, "setting scale_min: above scale_max")
+        require(self.stride <= self.crop, "setting stride: above crop, which leaves gaps")
+        require(self.decoder_channels % 8 == 0, "setting decoder_channels: take a multiple of 8")
+        require(self.seed < 10**9, "setting seed: below 10^9")  # see TrainingSet
 
 
 PRESETS = {
@@ -450,7 +453,6 @@ class LanguageGuidedDecoder(nn.Module):
 
     def __init__(self, embed_dim, shallow_dim, deep_dim, C=128, shallow_width=None):
         super().__init__()
-        require(C > 0 and C % 8 == 0, "decoder channels: take a multiple of 8")
         width = shallow_width or C // 8
         self.lift = nn.Conv2d(1, C, 7, padding=3)
         self.aspp = ASPP(C, C)
@@ -502,7 +504,7 @@ class VisionDecoder(nn.Module):
 
     def forward(self, dense, skips, text=None):
         alone = self.training and len(dense) == 1
-        require(not alone, "batch norm needs two images: --micro-batch 2, or --unlabelled on")
+        require(not alone, "batch norm needs two images: even --batch and --micro-batch")
         x = torch.cat([self.skip_proj(skips[1]), self.aspp(dense)], dim=1)  # [B, 48+width, gh, gw]
         return self.head(self.fuse(x))
 
@@ -546,8 +548,9 @@ class SemiVL(nn.Module):
 
 class FrozenGuidance(nn.Module):
     """CLIP as it was before SemiVL's first step, as a zero-shot classifier of pixels.
-    clip: `frozen_copy(student.clip)`: this class itself freezes nothing. concepts: [K, E] of text,
-    class after class. sizes: concepts per class. conf_thresh: labels below it become IGNORE."""
+    clip: images -> (dense [B, E, gh, gw], ...), such as DenseCLIP(visual).eval(); in training
+    `frozen_copy(student.clip)`: this class itself freezes nothing. concepts: [K, E] of text, class
+    after class. sizes: concepts per class. conf_thresh: labels below it become IGNORE."""
 
     def __init__(self, clip: DenseCLIP, concepts, sizes: list[int], conf_thresh: float = 0.9):
         super().__init__()
@@ -592,7 +595,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, step: int, decay: flo
 #                              definitions are optional. A class with a list is looked for by the
 #                              list alone; put the name into it if CLIP should look for that, too
 #     FOLDER/splits/train.txt  an image per line: "IMAGE MASK", or "IMAGE" if it has no mask; a TAB
-#                              between them if a name has blanks; paths are relative to FOLDER
+#                              behind IMAGE if a name has blanks; paths are relative to FOLDER
 #     FOLDER/splits/val.txt    "IMAGE MASK". Optional: test.txt, splits/8/labeled.txt
 # A mask is a PNG whose pixels are class numbers, 0 for the first of "classes", or 255: no label. It
 # is as large as its upright image. An entry is the pair (image, mask or None) of a line.
@@ -653,13 +656,16 @@ class Folder:
             names = content["classes"]
             # Other programs write these keys, and masks with other values than class numbers.
             old = {"colors", "ignore_index"} & {*content}
-            require(not old, f"{old}; python data_prep.py FOLDER --images DIR makes it anew")
+            require(not old, f"{old}: python data_prep.py NEW --images {path} converts the masks")
             different = len({*names}) == len(names)
             require(different and 2 <= len(names) <= IGNORE, "needs 2 to 255 different classes")
             definitions = content.get("definitions", {})
             for name, concepts in definitions.items():
                 fits = name in names and isinstance(concepts, list) and concepts
                 require(fits, f"definitions: {name!r} should be a class, with a list of words")
+            words = [*names, *sum(definitions.values(), [])]
+            texts = isinstance(names, list) and all(isinstance(word, str) for word in words)
+            require(texts, "classes and definitions should be lists of words in quotes")
         self.classes = {name: definitions.get(name, [name]) for name in names}
         self.train = read_list(path / "splits/train.txt", need_mask=False)
         self.val = read_list(path / "splits/val.txt")
@@ -812,7 +818,7 @@ class TrainingSet(Dataset):
     def __getitem__(self, i: int) -> dict:
         cfg = self.cfg
         with torch.random.fork_rng(devices=[]):  # the caller's CPU random numbers stay as they are
-            # x is drawn first, then w, then the views: a further view changes none before it.
+            # x is drawn first, then w, the views, the boxes: a further view changes boxes only.
             torch.manual_seed(cfg.seed * 10**9 + i)
             entry = self.pick(self.labelled, i)
             x, y = scale_crop_flip(*self.folder.pair(entry), cfg)
@@ -936,7 +942,9 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
     memory the student works off the batch in micro-batches.
     student: SemiVL, perhaps in DistributedDataParallel. teacher: the model that labels. guidance:
     FrozenGuidance, or None. batch: stacked items of TrainingSet on one device, without "files".
-    step: from 0 to cfg.steps - 1 (cfg.steps must not be 0 here: `train` fills it in).
+    In it x, w, s1, s2 are uint8. step: from 0 to cfg.steps - 1 (cfg.steps must not be 0 here). It
+    seeds torch, together with cfg.seed. Of cfg are read, too: unlabelled, batch, micro_batch,
+    precision, conf_thresh, weighting and guidance.
     Returns the losses of `semivl_loss`, means over micro-batches, and "kept": the share of pixels
     that have a confident pseudo-label."""
     device = batch["x"].device
@@ -1013,7 +1021,6 @@ def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
 def sliding_window(model, images, window: int, stride: int, mode: str = "logits"):
     """Logits or probabilities [B, N, H, W] of the model (images -> logits), averaged over windows.
     images [B, 3, H, W]; window and stride in pixels, stride <= window."""
-    require(stride <= window, f"stride {stride} is above the window's {window}: it leaves gaps")
     H, W = images.shape[2:]
     total = None
     count = images.new_zeros(H, W)
@@ -1095,12 +1102,12 @@ def report(models: dict, folder: Folder, cfg: Config, device) -> dict:
 
 # 10. The run: how do steps become a trained model that can be stopped at any time? ----------------
 # last.pt has the student, the teacher, the optimiser and the settings. It has neither the images
-# nor frozen CLIP, so these and CLIP's weights have to be where they were. Items of data and feature
-# dropout depend on the seed and the step alone. So a run that was stopped goes on as if it had not
-# been stopped, bit for bit, with the same --micro-batch and processes (on a CPU; CUDA may add in
-# another order).
+# nor frozen CLIP, so these and CLIP's weights have to be where they were. Items of data depend on
+# the seed and their number alone, feature dropout on --micro-batch and the number of processes,
+# too. If these stay, a run that was stopped goes on as if it had not been, bit for bit (on a CPU;
+# CUDA may add in another order).
 # Under torchrun every process runs this file: item i goes to process i % WORLD, DDP averages the
-# gradients, evaluation shares the images, and process 0 alone prints and writes.
+# gradients, evaluation shares the images, and process 0 alone prints and writes the run.
 def pick_device(name: str) -> torch.device:
     """For "auto" what torch finds (CUDA, Apple's MPS), else the CPU. Under torchrun each process
     takes the GPU of its LOCAL_RANK, and waits here for the others. (Not tried on any GPU.)"""
@@ -1108,8 +1115,7 @@ def pick_device(name: str) -> torch.device:
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     if WORLD > 1:
         if torch.cuda.is_available():
-            # From now on "cuda" means this GPU.
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from now on this is "cuda"
         dist.init_process_group()
     with blame(f"--device {name}"):
         return torch.zeros(1, device=name).device  # a device that is not there is told here
@@ -1169,10 +1175,10 @@ class Run:
             name = f"{Path(cfg.dataset).resolve().name}-{cfg.labels}"
             self.path = free_folder(cfg.out, Path("runs", name))
             self.path.mkdir(parents=True)
-            source = Path(__file__).read_bytes()
-            (self.path / "semivl.py").write_bytes(source)  # what made the weights
-        # 1: a line is written at once, so a killed run loses none. The open file holds the lock.
-        self.file = open(self.path / "log.jsonl", "a", 1, encoding="utf-8")  # noqa: SIM115
+            (self.path / "semivl.py").write_bytes(Path(__file__).read_bytes())  # made the weights
+        # buffering=1: a line is written at once, so a killed run loses none. The open file holds
+        # the lock.
+        self.file = open(self.path / "log.jsonl", "a", buffering=1)  # noqa: SIM115
         with contextlib.suppress(ImportError):  # Windows has no fcntl
             import fcntl
 
@@ -1226,8 +1232,7 @@ def train(cfg: Config, saved: dict | None = None) -> None:
     labelled = saved["labelled"] if saved else draw_labelled(folder, cfg.labels, cfg.seed)
     check_labelled(folder, labelled)
     data = TrainingSet(folder, labelled, cfg)
-    # With --unlabelled off a run is as long as with "on", so that the two can be compared. (Then
-    # all images may be labelled.)
+    # An epoch is a pass over the unlabelled images, also with --unlabelled off.
     steps_per_epoch = max(1, len(data.unlabelled or labelled) // cfg.batch)
     cfg = dataclasses.replace(cfg, steps=cfg.steps or cfg.epochs * steps_per_epoch)
 
@@ -1240,17 +1245,18 @@ def train(cfg: Config, saved: dict | None = None) -> None:
     parallel = nn.parallel.DistributedDataParallel(student) if WORLD > 1 else student
     models = baselines | {"SemiVL" if cfg.unlabelled else "labels only": teacher}
 
-    # The run's folder. `facts` are what `load_checkpoint` needs, and how to tell that the images
-    # are still the same.
+    # Before the folder is made: here a mask that cannot be read is told.
+    for title, model in baselines.items():
+        miou = evaluate(model, folder, folder.val[:100], cfg, device).nanmean()
+        say(f"frozen {title}: mIoU {miou:.1f} (on at most 100 validation images)")
+
+    # The run's folder. `facts` are what `load_checkpoint` and a resumed run need.
     facts = dict(config=dataclasses.asdict(cfg), classes=folder.classes, clip=clip_config)
     facts |= dict(labelled=labelled, images=len(folder.train))
     run = Run(cfg, dict(student=student, model=teacher, optimizer=optimizer), facts, saved)
     to_train = f"{len(labelled)} labelled, {len(data.unlabelled)} unlabelled"
     to_test = f"{len(folder.val)} validation, {len(folder.test)} test images"
     say(f"{to_train}, {to_test}; {cfg.steps} steps on {device}; writes to {run.path}")
-    for title, model in baselines.items():
-        miou = evaluate(model, folder, folder.val[:100], cfg, device).nanmean()
-        say(f"frozen {title}: mIoU {miou:.1f} (on at most 100 validation images)")
 
     # The loop: rates, gradients, one step of the optimiser and of the teacher; then the log, and
     # now and then an evaluation. Items i, i + 1, ... go to processes 0, 1, ..., so a step has the
@@ -1264,8 +1270,9 @@ def train(cfg: Config, saved: dict | None = None) -> None:
     for batch in progress(loader, "train", total=cfg.steps, initial=run.step):
         files = batch.pop("files")
         batch = {key: tensor.to(device) for key, tensor in batch.items()}
-        for group, base in zip(optimizer.param_groups, (cfg.lr, cfg.vit_lr)):
-            group["lr"] = learning_rate(base, run.step, cfg.steps)
+        rates = [learning_rate(base, run.step, cfg.steps) for base in (cfg.lr, cfg.vit_lr)]
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate
         losses = training_step(parallel, teacher, guidance, batch, cfg, run.step)
         means = torch.stack([*losses.values()]) / WORLD
         if WORLD > 1:
@@ -1280,7 +1287,6 @@ def train(cfg: Config, saved: dict | None = None) -> None:
 
         run.step += 1
         seconds = time.perf_counter() - clock
-        rates = [group["lr"] for group in optimizer.param_groups]
         run.log(**losses, lr=rates, seconds=seconds, gb=torch.cuda.max_memory_allocated() / 1e9)
         if run.step % math.ceil(cfg.steps / cfg.evals) == 0 or run.step == cfg.steps:
             miou = float(evaluate(teacher, folder, folder.val, cfg, device).nanmean())
@@ -1290,8 +1296,7 @@ def train(cfg: Config, saved: dict | None = None) -> None:
                 run.save("best.pt")
             told = f"step {run.step}: loss {losses['total']:.3f}, kept {losses.get('kept', 0):.2f}"
             say(f"{told}, validation mIoU {miou:.1f}, {seconds:.3g} s/step")
-            # Process 0 alone draws: the models are the same in all processes.
-            if RANK == 0:
+            if RANK == 0:  # the models are the same in all processes
                 save_sheet(run.path / "sheet.png", folder, models, cfg, device)
             run.save("last.pt")
         elif run.step % cfg.save_every == 0:
@@ -1327,15 +1332,17 @@ def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
         require(plain, "no plain ViT CLIP of open_clip, such as ViT-B-16-quickgelu")
         if weights == "none":
             return open_clip.CLIP(**config), config
+        if name.startswith("local-dir:"):
+            # "openai" is the option's default, so it was not typed.
+            require(weights == "openai", "a folder has its own weights: drop --clip-weights")
+            return open_clip.create_model(name, require_pretrained=True), config
         # open_clip only warns of the wrong GELU, which costs accuracy, and goes on.
         quick = config.get("quick_gelu", False)
         trained = open_clip.get_pretrained_cfg(name, weights) or {}
         fits = trained.get("quick_gelu", quick) == quick
         require(fits, f"{weights} was trained with the other GELU; add or drop -quickgelu")
-        if Path(weights).is_file():  # no file tells
+        if Path(weights).is_file():  # which does not say with what GELU it was trained
             say(f"note: {name} uses {'QuickGELU' if quick else 'GELU'}; so must {weights}")
-        if name.startswith("local-dir:") and weights == "openai":
-            weights = None  # "openai" is only the option's default; a folder has its own weights
         return open_clip.create_model(name, weights, require_pretrained=True), config
 
 
@@ -1353,13 +1360,12 @@ def build_model(cfg: Config, visual: nn.Module, text: torch.Tensor, pretrained=F
     E, D, C = clip.embed_dim, clip.width, cfg.decoder_channels
     if cfg.decoder == "vision":  # reads no shallow skip
         return SemiVL(clip, VisionDecoder(E, D, len(text)), text)
-    if cfg.conv_skip:
-        # Start of timm's resnet101c: images [B, 3, H, W] in [0, 1] -> [[B, 256, H/4, W/4]].
-        net = timm.create_model("resnet101c", pretrained, features_only=True, out_indices=(1,))
-        stem = nn.Sequential(v2.Normalize(IMAGENET_MEAN, IMAGENET_STD), net)
-        decoder = LanguageGuidedDecoder(E, 256, D, C, shallow_width=C // 4)
-        return SemiVL(clip, decoder, text, stem)
-    return SemiVL(clip, LanguageGuidedDecoder(E, D, D, C), text)
+    if not cfg.conv_skip:
+        return SemiVL(clip, LanguageGuidedDecoder(E, D, D, C), text)
+    # Start of timm's resnet101c: images [B, 3, H, W] in [0, 1] -> [[B, 256, H/4, W/4]].
+    net = timm.create_model("resnet101c", pretrained, features_only=True, out_indices=(1,))
+    stem = nn.Sequential(v2.Normalize(IMAGENET_MEAN, IMAGENET_STD), net)
+    return SemiVL(clip, LanguageGuidedDecoder(E, 256, D, C, shallow_width=C // 4), text, stem)
 
 
 def load_file(file, **changes) -> tuple[Config, dict]:
@@ -1377,7 +1383,8 @@ def load_file(file, **changes) -> tuple[Config, dict]:
 
 def load_checkpoint(file, **changes) -> tuple[SemiVL, torch.device, Config, dict]:
     """A checkpoint -> model in eval mode, its device, settings, class names and concepts."""
-    cfg, content = load_file(file, **dict(device="auto", out="") | changes)
+    changes = dict(device="auto", out="") | changes  # the run's need not fit here
+    cfg, content = load_file(file, **changes)
     with blame(f"{file} and the settings do not fit"):
         # Random weights first: CLIP's file is not needed, since the checkpoint has all, with the
         # mean and standard deviation of colours.
@@ -1422,12 +1429,14 @@ def save_sheet(file: Path, folder: Folder, models: dict, cfg: Config, device) ->
     sheet.save(file)
 
 
-def predict(checkpoint: str, names: list[str], changes: dict) -> None:
+def predict(checkpoint: str, *names: str, **changes) -> None:
     """--predict: NAME-mask.png (class numbers, in colours) and NAME-overlay.png of each image, also
     of those in a folder. Nothing is overwritten."""
+    pictures = Image.registered_extensions()  # of a folder's files all others are left out
     files = []
     for path in map(Path, names):
-        files += sorted(path.iterdir()) if path.is_dir() else [path]
+        inside = [file for file in sorted(path.glob("[!.]*")) if file.suffix.lower() in pictures]
+        files += inside if path.is_dir() else [path]
     require(files, "--predict CKPT IMAGE ...: name images, too")
     model, device, cfg, _ = load_checkpoint(checkpoint, **changes)
     out = free_folder(cfg.out, Path(checkpoint).parent / "predictions")
@@ -1461,17 +1470,15 @@ def parse_args(argv) -> dict:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    parser.error = partial(require, False)  # one line in the place of the usage
     # SUPPRESS: an option that is not typed is absent, and has no default here. So `preset | typed`
     # lets what is typed win over the preset, and Config fills in the rest.
     parser.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped")
     parser.add_argument("--eval", metavar="CKPT", help="IoU per class of a checkpoint")
     parser.add_argument("--predict", nargs="+", metavar=("CKPT", "IMAGE"), help="masks of images")
-    for name, kind in Config.__annotations__.items():
-        if kind is bool:
-            kind = on_or_off
-        elif get_args(kind):
-            kind = str  # Config itself checks choices
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, help=argparse.SUPPRESS)
+    for field in dataclasses.fields(Config):
+        kind = on_or_off if field.type is bool else type(field.default)  # Config checks choices
+        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, help=argparse.SUPPRESS)
     return vars(parser.parse_args(argv))
 
 
@@ -1480,9 +1487,10 @@ def run_command(typed: dict) -> None:
     actions = {name: typed.pop(name) for name in ("resume", "eval", "predict") if name in typed}
     require(len(actions) < 2, "one of --resume, --eval, --predict at a time")
     if "epochs" in typed:
-        typed.setdefault("steps", 0)  # the steps of a preset or a checkpoint would win
+        typed.setdefault("steps", 0)  # else the steps of a preset or a checkpoint would win
     if "resume" in actions:
-        require(not {"out", "labels"} & {*typed}, "--resume keeps its folder and labelled images")
+        fixed = {"out", "labels", "decoder_text"} & {*typed}
+        require(not fixed, f"--resume keeps {', '.join(fixed)}")
         train(*load_file(Path(actions["resume"], "last.pt"), out=actions["resume"], **typed))
     elif "eval" in actions:
         model, device, cfg, classes = load_checkpoint(actions["eval"], **typed)
@@ -1490,8 +1498,7 @@ def run_command(typed: dict) -> None:
         require([*folder.classes] == [*classes], f"{folder.path}: other classes")
         report({"SemiVL": model}, folder, cfg, device)
     elif "predict" in actions:
-        checkpoint, *names = actions["predict"]
-        predict(checkpoint, names, typed)
+        predict(*actions["predict"], **typed)
     else:
         dataset = typed.get("dataset", "toy")  # a FOLDER has no preset, so VOC's defaults
         preset = parse_args(PRESETS.get(dataset, "").split())
@@ -1523,5 +1530,8 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's have not
             stream.reconfigure(errors="replace")  # for class names that a console cannot print
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a scheduler sends: as Ctrl-C
-    sys.exit(main())
+    # A scheduler's SIGTERM does what Ctrl-C does. Put back afterwards: a notebook lives on.
+    usual = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    exit_code = main()
+    signal.signal(signal.SIGTERM, usual)
+    sys.exit(exit_code)

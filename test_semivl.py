@@ -10,7 +10,6 @@ float32, CPU) with weights made by a formula, so that nobody has to carry a weig
 
 import colorsys
 import hashlib
-import io
 import json
 import math
 import os
@@ -398,12 +397,9 @@ def test_definitions_are_the_published_ones(name, digest):
     assert hashlib.sha256(json.dumps(pairs).encode()).hexdigest().startswith(digest)
 
 
-ADE20K_LISTS = "5b28d705 78f423b1 0a2f3b29 85cb4de0 73d45bc8"
-
-
 def test_lists_of_ade20k_are_the_published_ones():
-    digests = dict(zip((158, 316, 632, 1263, 2526), ADE20K_LISTS.split()))
-    for count, digest in digests.items():
+    digests = "5b28d705 78f423b1 0a2f3b29 85cb4de0 73d45bc8".split()
+    for count, digest in zip((158, 316, 632, 1263, 2526), digests):
         text = data_prep.ade20k_list(f"{count}/labeled.txt")
         assert hashlib.sha256(text.encode()).hexdigest().startswith(digest)
 
@@ -644,11 +640,9 @@ def test_every_item_is_a_function_of_seed_and_position(folder):
         assert sum(not torch.equal(item[one], item[other]) for item in many) > 8
 
 
-SCALED = {0.5: (256, 341), 1.0: (512, 683), 2.0: (1024, 1365), 1.001: (512, 683)}  # of 375 x 500
-
-
 def test_random_scale_fits_the_image_as_published():
-    for r, size in SCALED.items():
+    scaled = {0.5: (256, 341), 1.0: (512, 683), 2.0: (1024, 1365), 1.001: (512, 683)}
+    for r, size in scaled.items():
         assert semivl.random_size(375, 500, Config(scale_min=r, scale_max=r)) == size
     assert semivl.random_size(100, 500, Config(scale_min=1, scale_max=1)) == (410, 2048)
 
@@ -925,17 +919,12 @@ class Malicious:
         return print, ("this must never run",)
 
 
-def encoded(kind: str) -> bytes:
-    Image.new("L" if kind == "JPEG" else "P", (64, 64)).save(file := io.BytesIO(), kind)
-    return file.getvalue()
-
-
 MISTAKES = {  # what is wrong -> (file, content or picture; or options), words of the line
     "a mask of another size": ("masks/0.png", Image.new("L", (9, 9)), "has (64, 64) upright"),
     "a mask with a class too many": ("masks/0.png", Image.new("L", (64, 64), 77), "77"),
     "a mask of colours": ("masks/0.png", Image.new("RGB", (64, 64)), "no PNG of class numbers"),
     "a 16-bit image": ("images/0.png", Image.new("I;16", (64, 64)), "8 bits"),
-    "a truncated mask": ("masks/0.png", encoded("PNG")[:60], "masks/0.png"),
+    "a truncated mask": ("masks/0.png", b"\x89PNG", "masks/0.png"),
     "an empty list": ("splits/train.txt", b"", "train.txt: no line"),
     "a line without mask": ("splits/val.txt", b"images/0.png", "'images/0.png' names no mask"),
     "broken json": ("dataset.json", b"{", "dataset.json"),
@@ -953,6 +942,8 @@ MISTAKES = {  # what is wrong -> (file, content or picture; or options), words o
     "a file for a run": "--resume dataset.json | dataset.json/last.pt",
     "an output folder that is taken": "--out splits | --out splits is there already",
     "a number out of range": "--conf-thresh 2 | conf_thresh: between 0 and 1",
+    "a word for a number": "--labels many | argument --labels: invalid int value",
+    "classes that are numbers": ("dataset.json", b'{"classes": [0, 1]}', "words in quotes"),
 }
 
 
@@ -1142,7 +1133,8 @@ def test_copies_of_a_picture_stay_on_one_side_and_folders_of_val_validate(folder
     assert own_lists(folder, *options)["val"] == "../images/valid/a.png masks/valid/a.png\n"
 
 
-def test_an_export_of_cvat_is_taken_as_it_is(folder, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["CVAT", "a data folder of before"])
+def test_an_export_is_taken_as_it_is(kind, folder, tmp_path, capsys):
     palette = [(0, 0, 0), (250, 50, 83), (51, 221, 255), (9, 9, 0), (9, 0, 9), (0, 9, 9)]
     export = tmp_path / "export"
     for place in ("JPEGImages", "SegmentationClass", "SegmentationObject"):
@@ -1152,8 +1144,14 @@ def test_an_export_of_cvat_is_taken_as_it_is(folder, tmp_path, capsys):
         mask = np.array(Image.open(folder / f"masks/{i}.png"))
         for place in ("SegmentationClass", "SegmentationObject"):
             Image.fromarray(np.uint8(palette)[mask]).save(export / f"{place}/{i}.png")
-    lines = [f"{name}:{r},{g},{b}::" for name, (r, g, b) in zip(CLASSES, palette)]
-    (export / "labelmap.txt").write_text("# label:color_rgb:parts:actions\n" + "\n".join(lines))
+    if kind == "CVAT":
+        lines = [f"{name}:{r},{g},{b}::" for name, (r, g, b) in zip(CLASSES, palette)]
+        (export / "labelmap.txt").write_text("\n".join(["# label:color_rgb:parts:actions", *lines]))
+    else:
+        content = json.dumps(dict(classes=CLASSES, colors=dict(zip(CLASSES, palette))))
+        (export / "dataset.json").write_text(content)
+        with pytest.raises(ValueError, match=f"NEW --images {export} converts"):
+            semivl.open_data(str(export))
     assert data_prep.main([str(tmp_path / "made"), "--images", str(export)]) == 0
     assert "left out" not in capsys.readouterr().out
     data = semivl.open_data(str(tmp_path / "made"))
