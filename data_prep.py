@@ -328,7 +328,6 @@ def prepare(name: str, source: str | None = None) -> Path:
     """Makes data/NAME, complete or not at all, if it is not there already, and returns its path.
     source: a folder with archives (and perhaps lists, under splits/)."""
     root, target = Path("data"), Path("data", name)
-    require(name != "toy" or not source, "--source does not go with toy: nothing is fetched for it")
     require(not source or Path(source).is_dir(), f"--source {source}: there is no such folder")
     if (target / "dataset.json").is_file():
         return target
@@ -341,7 +340,8 @@ def prepare(name: str, source: str | None = None) -> Path:
             make_toy(folder)
         else:
             make_published(name, folder, source)
-        folder.rename(target)
+        if not target.exists():  # else another process has made it meanwhile
+            folder.rename(target)
     return target
 
 

@@ -85,10 +85,10 @@ class Config:
     # defaults are VOC's. PRESETS has what differs for another data set; an option that is typed
     # wins over both. A checkpoint keeps the settings, so they are never typed twice.
     # Data
-    dataset: str = "voc"  # voc, coco, ade20k, cityscapes, toy or FOLDER; if it is not typed: toy
+    dataset: str = "voc"  # voc, coco, ade20k, cityscapes, toy or FOLDER; if none is typed: toy
     labels: int = 92  # how many images are labelled; all others of train.txt are used without mask
     crop: int = 512  # side of the training crop and of the test window, pixels
-    fit: bool = True  # resize so that the short side is crop (training: crop * scale); off: do not
+    fit: bool = True  # short side -> crop (training: crop * scale); off: own size (times scale)
     scale_min: float = 0.5  # smallest factor of the random scale
     scale_max: float = 2.0  # largest factor of the random scale
     workers: int = 4  # processes that load images, one per CPU core at most; 0: none but the main
@@ -114,7 +114,7 @@ class Config:
     steps: int = 0  # optimiser steps; 0: as many as --epochs has
     epochs: int = 80  # passes over the unlabelled images
     batch: int = 8  # labelled images per step, and as many unlabelled ones
-    micro_batch: int = 2  # labelled images per forward, which has as many of s1, s2 and fp, too
+    micro_batch: int = 2  # labelled images per forward (with their s1, s2, fp); divides the batch
     lr: float = 1e-3  # learning rate of the decoder
     vit_lr: float = 1e-6  # learning rate of the ViT, and of the stem of conv_skip
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: autocast; auto: bf16 on CUDA only
@@ -596,7 +596,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, step: int, decay: flo
 #                              list alone; put the name into it if CLIP should look for that, too
 #     FOLDER/splits/train.txt  an image per line: "IMAGE MASK", or "IMAGE" if it has no mask; a TAB
 #                              behind IMAGE if a name has blanks; paths are relative to FOLDER
-#     FOLDER/splits/val.txt    "IMAGE MASK". Optional: test.txt, splits/8/labeled.txt
+#     FOLDER/splits/val.txt    "IMAGE MASK". Optional: splits/test.txt, splits/8/labeled.txt
 # A mask is a PNG whose pixels are class numbers, 0 for the first of "classes", or 255: no label. It
 # is as large as its upright image. An entry is the pair (image, mask or None) of a line.
 #
@@ -653,7 +653,7 @@ class Folder:
         file = path / "dataset.json"
         with blame(f"{file} (of the folder that --dataset names)"):
             content = json.loads(file.read_text("utf-8-sig"))
-            names = content["classes"]
+            names = content.get("classes", [])
             # Other programs write these keys, and masks with other values than class numbers.
             old = {"colors", "ignore_index"} & {*content}
             require(not old, f"{old}: python data_prep.py NEW --images {path} converts the masks")
@@ -733,7 +733,7 @@ def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
 def random_size(height: int, width: int, cfg: Config) -> tuple[int, int]:
     """A random (height, width) of the same aspect. With `fit`: draw r from [scale_min, scale_max].
     The short side becomes crop * r, or less if the long side would be above 4 * crop * r. (Paper:
-    512 r and 2048 r. At r = 1, 500 x 375 becomes 683 x 512.) Without `fit`: the image's own size
+    512 r and 2048 r. At r = 1, 375 x 500 becomes 512 x 683.) Without `fit`: the image's own size
     times a random factor from [scale_min, scale_max]."""
     long, short = max(height, width), min(height, width)
     # Random numbers are torch's everywhere: TrainingSet seeds torch alone.
@@ -843,9 +843,9 @@ class TrainingSet(Dataset):
 # 8. Consistency (UniMatch, Yang et al., CVPR 2023): what about an image without a mask? -----------
 # An image's mask does not depend on its colours. So each unlabelled image gets two label maps, made
 # from its weak view w, and the student has to predict them in views that are harder to see:
-#     losses L: with the teacher's labels, where it is as sure as --conf-thresh (Cityscapes: at all
-#               pixels; an image's weight is its mean confidence)
-#     losses G: with frozen CLIP's labels, where it is as sure as --guidance-conf-thresh (SemiVL)
+#     losses L: with the teacher's labels, where its confidence is >= --conf-thresh (Cityscapes: at
+#               all pixels; an image's weight is its mean confidence)
+#     losses G: with frozen CLIP's labels, where its confidence is >= --guidance-conf-thresh
 #     each in three views: s1 and s2 (w recoloured, CutMix), fp (w, half of the channels off)
 #     total = (L_x + (L_s + L_fp) / 2) / 2 + lambda * (G_s + G_fp) / 2
 # L_s and G_s are means over s1 and s2; L_x is the cross-entropy of the labelled crop x with its
@@ -978,7 +978,7 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
         # DistributedDataParallel; on a plain SemiVL it has no effect.
         student.require_backward_grad_sync = chunk.stop == size
         # Feature dropout has a seed for each step and micro-batch, so that a resumed run drops the
-        # same channels. TrainingSet's seeds start at cfg.seed * 10**9, these 10**9 // 2 above.
+        # same channels. TrainingSet's seeds are cfg.seed * 10**9 + i; 10**9 // 2 keeps apart.
         first = step * cfg.batch + RANK * size + start
         torch.manual_seed(cfg.seed * 10**9 + 10**9 // 2 + first)
         # x, s1, s2, fp, one after the other: [views * micro, 3, crop, crop]
@@ -1118,7 +1118,7 @@ def pick_device(name: str) -> torch.device:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from now on this is "cuda"
         dist.init_process_group()
     with blame(f"--device {name}"):
-        return torch.zeros(1, device=name).device  # a device that is not there is told here
+        return torch.zeros(1, device=name).device  # a device that is not there fails here
 
 
 def learning_rate(base: float, step: int, steps: int) -> float:
@@ -1175,7 +1175,7 @@ class Run:
             name = f"{Path(cfg.dataset).resolve().name}-{cfg.labels}"
             self.path = free_folder(cfg.out, Path("runs", name))
             self.path.mkdir(parents=True)
-            (self.path / "semivl.py").write_bytes(Path(__file__).read_bytes())  # made the weights
+            (self.path / "semivl.py").write_bytes(Path(__file__).read_bytes())  # for the record
         # buffering=1: a line is written at once, so a killed run loses none. The open file holds
         # the lock.
         self.file = open(self.path / "log.jsonl", "a", buffering=1)  # noqa: SIM115
@@ -1245,7 +1245,7 @@ def train(cfg: Config, saved: dict | None = None) -> None:
     parallel = nn.parallel.DistributedDataParallel(student) if WORLD > 1 else student
     models = baselines | {"SemiVL" if cfg.unlabelled else "labels only": teacher}
 
-    # Before the folder is made: here a mask that cannot be read is told.
+    # Before the folder is made: a validation mask that cannot be read fails here.
     for title, model in baselines.items():
         miou = evaluate(model, folder, folder.val[:100], cfg, device).nanmean()
         say(f"frozen {title}: mIoU {miou:.1f} (on at most 100 validation images)")
@@ -1278,9 +1278,9 @@ def train(cfg: Config, saved: dict | None = None) -> None:
         if WORLD > 1:
             dist.all_reduce(means)
         losses = dict(zip(losses, means.tolist()))
-        told = f"step {run.step + 1}: the loss is {losses['total']}; lower --lr, or look at {files}"
+        message = f"step {run.step + 1}: loss {losses['total']}; lower --lr, or look at {files}"
         # Before a weight changes. The mean is the same in all processes, so all of them stop.
-        require(math.isfinite(losses["total"]), told)
+        require(math.isfinite(losses["total"]), message)
         optimizer.step()
         optimizer.zero_grad()
         update_teacher(teacher, student, run.step, cfg.ema)
@@ -1294,8 +1294,8 @@ def train(cfg: Config, saved: dict | None = None) -> None:
             if miou > run.best:
                 run.best = miou
                 run.save("best.pt")
-            told = f"step {run.step}: loss {losses['total']:.3f}, kept {losses.get('kept', 0):.2f}"
-            say(f"{told}, validation mIoU {miou:.1f}, {seconds:.3g} s/step")
+            line = f"step {run.step}: loss {losses['total']:.3f}, kept {losses.get('kept', 0):.2f}"
+            say(f"{line}, validation mIoU {miou:.1f}, {seconds:.3g} s/step")
             if RANK == 0:  # the models are the same in all processes
                 save_sheet(run.path / "sheet.png", folder, models, cfg, device)
             run.save("last.pt")
@@ -1432,7 +1432,8 @@ def save_sheet(file: Path, folder: Folder, models: dict, cfg: Config, device) ->
 def predict(checkpoint: str, *names: str, **changes) -> None:
     """--predict: NAME-mask.png (class numbers, in colours) and NAME-overlay.png of each image, also
     of those in a folder. Nothing is overwritten."""
-    pictures = Image.registered_extensions()  # of a folder's files all others are left out
+    # Of a folder's files those are taken whose kind PIL can open.
+    pictures = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files = []
     for path in map(Path, names):
         inside = [file for file in sorted(path.glob("[!.]*")) if file.suffix.lower() in pictures]
