@@ -1055,7 +1055,7 @@ def segment(model, image: Image.Image, cfg: Config, device: torch.device) -> tor
     label = torch.zeros(size, dtype=torch.uint8, device=device)
     for n, score in enumerate(scores.split(1, dim=1)):  # all at once would fill the memory
         score = F.interpolate(score, size, mode="bilinear", align_corners=True)[0, 0]  # [H, W]
-        label[score > best] = n
+        label = torch.where(score > best, n, label)
         best = best.maximum(score)
     return label
 
