@@ -18,8 +18,8 @@ Published sets and the toy world are made in data/. A data folder looks like thi
 Your own pictures stay where they are, and their masks are written anew into FOLDER/masks. a.jpg
 goes with a.png or a_mask.png, also if one DIR holds both; images without mask train unlabelled.
 Folders called val, valid or test keep these roles; else --val draws masks to validate. --classes
-names the mask values 0, 1, 2 ...; instead, --labelmap FILE takes labelmap.txt of CVAT, _classes.csv
-of Roboflow or a name a line, as labelme has it. Pixels of void, ignore or unlabeled have no label.
+names the mask values 0, 1, 2 ...; for colours --labelmap FILE has a line NAME:R,G,B for each class
+(it may be CVAT's, Roboflow's or labelme's). Pixels of void, ignore or unlabeled have no label.
 """
 
 import argparse
@@ -352,7 +352,6 @@ def prepare(name: str, source: str | None = None) -> Path:
 # corpus show clutter, which no scene has: more words and shapes make the tiny CLIP better.
 # An icon is a list of "kind colour coordinates" parts, painted in that order on the square from
 # (-1, -1) at the top left to (1, 1); "body" is the icon's own colour and pattern.
-
 SCENE = 96  # side of a scene in pixels; also CLIP's input size
 CORPUS_SIDE = 60  # side of an image that CLIP is pre-trained on
 RADIUS = (19, 28)  # of an object, in pixels
@@ -563,9 +562,8 @@ def pretrain_tiny_clip(images: list[Image.Image], captions: list[str]):
     normalize = v2.Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     torch.manual_seed(0)
     model = open_clip.CLIP(**TOY_CLIP)
-    # Guidance assumes a scale of 100, at which real CLIP ends. Learned, it would stay near 20 here,
-    # and guidance would be too sure. At 100 cosines differ less, and the decoder learns slower.
-    # 50 is a compromise.
+    # Guidance assumes a scale of 100, at which real CLIP ends. Learned, it would stay near 20, and
+    # guidance would be too sure. At 100 the decoder learns slower. 50 is a compromise.
     model.logit_scale.data.fill_(math.log(50)).requires_grad_(False)
     texts = open_clip.tokenize(captions, model.context_length)
     texts, caption = torch.unique(texts, dim=0, return_inverse=True)
@@ -625,15 +623,14 @@ def make_toy(folder: Path) -> None:
 # Your own pictures --------------------------------------------------------------------------------
 # Files are found and paired by their names, masks become class numbers, and the folder is checked.
 # A value of a mask is a number or, in colour masks, a tuple (red, green, blue).
-
 NO_LABEL = ("void", "ignore", "__ignore__", "unlabeled", "unlabelled")  # these are no classes
 LABELMAPS = ("labelmap.txt", "_classes.csv", "class_names.txt", "labels.txt")  # in exports
 VAL_LISTS = ("ImageSets/Segmentation/val.txt", "splits/val.txt")  # of VOC; of a data folder
-IMAGE_FOLDERS = set("images image img img_dir jpegimages".split())
-MASK_FOLDERS = set("masks mask labels annotations ann_dir segmentationclass".split())
+IMAGE_FOLDERS = set("images image img img_dir photos jpegimages".split())
+MASK_FOLDERS = set("masks mask masks_machine labels annotations ann_dir segmentationclass".split())
 PARTS = {"val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
 MASK_NAME = re.compile(r"^mask_|([_-](masks?|labels?|segmentation|l)|\.(jpe?g|png))$")
-RULE = "a mask is called NAME.png or NAME_mask.png, with the NAME of its image"
+RULE = "a mask is called NAME.png or NAME_mask.png (or _label), with the NAME of its image"
 
 
 def read_labelmap(file: Path) -> dict:
@@ -907,7 +904,7 @@ def write_folder(home, classes: list, lists: dict, place_of: dict, names: dict, 
         new_lists = {}
         for name, pairs in lists.items():
             new_lists[name] = [(image, new_place.get(mask)) for image, mask in pairs]
-        check(classes, new_lists)
+        check(classes, new_lists, {new: mask for mask, new in new_place.items()})
         (new / "splits").mkdir()
         for name, pairs in lists.items():
             lines = [list_line((i, m and target / place_of[m]), home) for i, m in pairs]
@@ -935,7 +932,10 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
         places = [place for root in roots for place in (root, *sorted(root.glob("*/")))]
         brought = [place / name for place in places for name in LABELMAPS]
         brought += [root / "dataset.json" for root in roots]
-        labelmap = next(filter(Path.is_file, brought), None)
+        for file in filter(Path.is_file, brought):
+            labelmap = labelmap or file
+            same = file.name != labelmap.name or file.read_bytes() == labelmap.read_bytes()
+            require(same, f"{file} differs from {labelmap}; name the right one by --labelmap")
     names = read_labelmap(Path(labelmap)) if labelmap else dict(enumerate(classes or ()))
     source = str(labelmap or "--classes")
     classes = class_list(names, source) if names or labelmap else []
@@ -993,9 +993,9 @@ def image_size(file: Path, turned: list) -> tuple[int, int]:
         return image.size if orientation < 5 else image.size[::-1]
 
 
-def mask_pixels(file: Path, count: int, size: tuple) -> np.ndarray:
+def mask_pixels(file: Path, count: int, size: tuple, name: Path | None = None) -> np.ndarray:
     """Pixels of each value of a canonical mask with `count` classes, for an image of that size."""
-    with blame(file), Image.open(file) as mask:
+    with blame(name or file), Image.open(file) as mask:
         exact = mask.mode in ("P", "I;16") or (mask.mode == "L" and mask.tile[0][3] == "L")
         told = f"{mask.format} of mode {mask.mode} is no PNG of class numbers, grey or palette"
         require(exact and mask.format == "PNG", f"{told}, 8 bits; make it anew from --images")
@@ -1006,14 +1006,15 @@ def mask_pixels(file: Path, count: int, size: tuple) -> np.ndarray:
         return pixels
 
 
-def check(classes: list[str], lists: dict[str, list]) -> None:
+def check(classes: list[str], lists: dict[str, list], made_of: dict | None = None) -> None:
     """Opens all files of a canonical folder. Prints pixels and masks of each class, and what looks
-    like a mistake. UserError with up to 20 problems that would spoil a run."""
+    like a mistake. UserError with up to 20 problems. made_of: mask -> the file that they name."""
     turned, lists_of = [], {}
 
     def look(pair: tuple) -> np.ndarray | None:
         size = image_size(pair[0], turned)
-        return mask_pixels(pair[1], len(classes), size) if pair[1] else None
+        name = (made_of or {}).get(pair[1], pair[1])
+        return mask_pixels(pair[1], len(classes), size, name) if pair[1] else None
 
     pairs = [*dict.fromkeys(pair for pairs in lists.values() for pair in pairs)]
     pixels_of = dict(zip(pairs, in_threads(look, pairs, "check")))
@@ -1037,8 +1038,7 @@ def check(classes: list[str], lists: dict[str, list]) -> None:
             print(f"note: no mask of {name} shows {', '.join(absent)}")
         require(name != "train" or len(absent) + 1 < len(classes), "train shows one class only")
     if turned:
-        told = f"note: EXIF orientation turns {len(turned)} images; are their masks upright?"
-        print(f"{told} Such as {turned[0]}")
+        print(f"note: EXIF turns {len(turned)} images, such as {turned[0]}; are masks upright?")
     double = [image for image, parts in lists_of.items() if len(parts) > 1]
     if double:
         parts = " and ".join(lists_of[double[0]])
@@ -1080,7 +1080,7 @@ def main(argv=None) -> int:
                 given["classes"] = [word.strip() for word in given["classes"].split(",")]
             from_pictures(name, **given)
             return 0
-        told = f"{name}: neither one of {', '.join(sets)}, nor a data folder, nor given --images"
+        told = f"{name}: neither one of {', '.join(sets)}, nor a data folder; --images makes one"
         require(not given and (Path(name) / "dataset.json").exists(), told)
         check_folder(Path(name))
         return 0

@@ -1159,6 +1159,9 @@ def test_an_export_is_taken_as_it_is(kind, folder, tmp_path, capsys):
     for image, mask in data.train + data.val:
         truth = np.array(Image.open(folder / f"masks/{Path(image).stem}.png"))
         assert np.array_equal(data.pair((image, mask))[1], truth)
+    Image.new("RGB", (9, 9)).save(export / "SegmentationClass/0.png")
+    assert data_prep.main([str(tmp_path / "again"), "--images", str(export)]) == 2
+    assert f"{export}/SegmentationClass/0.png: (9, 9) pixels" in capsys.readouterr().err
 
 
 def test_a_folder_is_checked_and_its_problems_are_listed(folder, capsys):
