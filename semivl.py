@@ -13,9 +13,9 @@ takes a crop x of a labelled image with its mask y, and a crop w of an unlabelle
     STUDENT         w, half of the feature channels off (fp)    loss fp, with the labels of w
 
 The EMA teacher is our addition: in the published method the student makes the pseudo-labels
-(`--ema 0`), and CutMix's box comes from another crop of the same image. .github/DIFFERENCES.md
-lists all differences. The paper reports 84.0 mIoU on VOC with 92 masks, 6.1 above the best before
-it; that run was not repeated by us, and nothing here has run on a GPU.
+(`--ema 0`). There, too, CutMix's box comes from another crop of the same image (no option has
+that). .github/DIFFERENCES.md lists all differences. The paper reports 84.0 mIoU on VOC with 92
+masks, 6.1 above the best before it; we did not repeat that run, and nothing here has run on a GPU.
 
     python semivl.py                                      the built-in toy world: minutes on a CPU
     python semivl.py --dataset FOLDER --labels 8          your own images (section 7)
@@ -24,7 +24,7 @@ it; that run was not repeated by us, and nothing here has run on a GPU.
     python semivl.py --eval runs/voc-92/last.pt           IoU per class
     python semivl.py --predict runs/voc-92/last.pt a.jpg  mask and overlay of any image
 
-The ideas of the paper, the last of them from UniMatch (Yang et al., CVPR 2023):
+The paper's ideas (the last one comes from UniMatch, Yang et al., CVPR 2023):
 
     class definitions: several words for a class         section 2    describe_classes
     CLIP as pre-training, an embedding for every patch   section 3    DenseCLIP
@@ -34,11 +34,14 @@ The ideas of the paper, the last of them from UniMatch (Yang et al., CVPR 2023):
     consistency: w's labels hold in harder views of w    sections 7, 8  STRONG_VIEWS, training_step
 
 Sections 2 to 8 are the method; `training_step` is the table further up as code. For the method
-alone stop at section 9: the rest makes a program of it. What an idea buys on the toy world stands
-in its section: test mIoU with 4 masks, mean of 10 seeds (SemiVL: 70.7) or of the first 5 (SemiVL:
-70.4). From one seed to another a difference varies by an sd of 0.4 to 5.8, so the toy world cannot
-judge all ideas. `pytest -k equal` compares forward pass, losses and norms of gradients with numbers
-that the authors' code computed (not for DeepLabV3+).
+alone stop at section 9: the rest makes a program of it. `pytest -k equal` compares forward pass,
+losses and norms of gradients with numbers that the authors' code computed (not for DeepLabV3+).
+
+The toy world, which data_prep.py paints, has 900 scenes of 96 x 96 pixels: two to four of ten
+things (car, cat, castle, ...) on one of four grounds. Its tiny CLIP has learned from 16,000 other
+paintings with captions. With 4 masks SemiVL reaches 70.7 mIoU there. "Toy world" in a section says
+what its idea changes: points of mIoU, mean (sd) over five or ten seeds. By these sds the toy world
+cannot judge every idea.
 
 Letters for shapes, in every comment: B images, N classes, K concepts, H x W image, P patch side,
 gh x gw patches (H/P, W/P rounded up), T = 1 + gh*gw tokens, D width of the ViT, E width of CLIP's
@@ -114,7 +117,7 @@ class Config:
     steps: int = 0  # optimiser steps; 0: as many as --epochs has
     epochs: int = 80  # passes over the unlabelled images
     batch: int = 8  # labelled images per step, and as many unlabelled ones
-    micro_batch: int = 2  # labelled images per forward (with their s1, s2, fp); divides the batch
+    micro_batch: int = 2  # images per forward: as many of x, s1, s2 and fp each; divides the batch
     lr: float = 1e-3  # learning rate of the decoder
     vit_lr: float = 1e-6  # learning rate of the ViT, and of the stem of conv_skip
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: autocast; auto: bf16 on CUDA only
@@ -207,8 +210,7 @@ def say(text: str) -> None:
 # published lists; on COCO and ADE20K a class's only concept is its name.
 # The decoder reads one vector per class: the embedding of its name, or (Cityscapes) the mean of its
 # concepts. The decoder is trained, so a poor name costs it less.
-# Toy world: guidance by definitions 70.7, by names 62.4, no guidance 68.2. So poor words are worse
-# than no guidance.
+# Toy world: guidance by names instead costs 8.3 (sd 4.6); no guidance at all only 2.5 (sd 2.7).
 @torch.no_grad()
 def encode_text(clip: open_clip.CLIP, words: list[str]) -> torch.Tensor:
     """Text embeddings of "a photo of a WORD", [len(words), E], not normalised. Sets clip.eval()."""
@@ -244,8 +246,8 @@ def describe_classes(clip, classes: dict[str, list], text_from="names", definiti
 # mean of all tokens' VALUE vectors for it; a projection and the MLP follow, and the result was
 # aligned with text. MaskCLIP (Zhou et al., ECCV 2022) found that a single patch's own value vector,
 # through the same projection and MLP, lies close to the text of what the patch shows. This "value
-# path" replaces attention by the token's own value; the context that this one block would have
-# added is lost.
+# path" mixes no tokens: attention gives each its own value. Residual and MLP stay, and the context
+# that this one block would have added is lost.
 # The decoder also needs to know where things end. Two skip maps (shallow: of block 0, deep: of
 # block 4 of 12) tell it: so early, a patch still describes its own pixels. The authors use value
 # paths for these, too, and give no reason; our guess: attention would blur the maps further.
@@ -330,7 +332,7 @@ class DenseCLIP(nn.Module):
 # CLIP has learned from whole images, so it is poor at saying where things are. Attention and the
 # position embedding decide that, so they train. MLPs are thought to store knowledge, so they stay
 # as they are, and with them norms, class token, patch convolution and final projection.
-# Toy world (5 seeds): 70.4 with it, 71.7 if all trains, 71.2 if nothing does: no clear difference.
+# Toy world: no clear difference; if all trains +1.2 (sd 1.8), if nothing does +0.7 (sd 1.3).
 def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> None:
     """Sets what trains in the ViT: "spatial" (29.1 of 86.8 million parameters of ViT-B/16 at crop
     512), "all" or "none". To be called before `make_optimizer`, which reads it."""
@@ -349,9 +351,8 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 # decoder's batch has B*N items, one per image and class: a map of one channel, the similarity of
 # every patch to the class's text. The same weights clean up the map of any class, so they learn
 # from all classes and work for any number of them. The price is N times the convolutions.
-# Toy world, labelled images alone: 60.4, DeepLabV3+ 52.6. With all the rest on (5 seeds), this
-# decoder has 70.4, DeepLabV3+ 73.6. Our guess: the shapes are so simple that unlabelled images
-# teach it without words.
+# Toy world: from labelled images alone 7.8 (sd 5.8) more than DeepLabV3+; with all the rest on 3.1
+# less (sd 3.4). Our guess: shapes are so simple there that unlabelled images teach without words.
 #     dense [B, E, gh, gw], text [N, E]
 #     -> cosine_maps               [B, N, gh, gw]
 #     -> spatial reasoning         [B, N, C, gh, gw]     within each class: 7 x 7 conv, ASPP
@@ -373,7 +374,7 @@ def conv_norm_relu(c_in, c_out, kernel, dilation=1, make_norm=None) -> nn.Sequen
     """Convolution that keeps the size, norm, ReLU. make_norm: channels -> norm, by default
     GroupNorm of about 16 channels a group. It normalises each map by itself, so the maps of a batch
     (images and classes) do not change each other, and small micro-batches do no harm."""
-    groups = math.gcd(max(1, c_out // 16), c_out)  # it has to divide c_out
+    groups = math.gcd(max(1, c_out // 16), c_out)  # 8 for 128 channels; it has to divide c_out
     norm = make_norm(c_out) if make_norm else nn.GroupNorm(groups, c_out)
     padding = dilation * (kernel // 2)
     conv = nn.Conv2d(c_in, c_out, kernel, padding=padding, dilation=dilation, bias=False)
@@ -512,8 +513,7 @@ class VisionDecoder(nn.Module):
 # 6. Three networks: student, frozen CLIP (paper: Dense CLIP Guidance), EMA teacher ----------------
 # Who tells the student what to say where there is no mask? The teacher gets better, but it learns
 # from the student, so it can confirm the student's mistakes. Frozen CLIP is coarse, but constant.
-# Toy world: 70.7, without frozen CLIP 68.2. The EMA teacher (UniMatch V2 has one) makes no
-# difference there: 70.4, without it 70.3 (5 seeds).
+# Toy world: frozen CLIP brings 2.5 (sd 2.7), the EMA teacher (UniMatch V2 has one) 0.1 (sd 1.0).
 def drop_channels(features: torch.Tensor, count: int) -> torch.Tensor:
     """UniMatch's feature perturbation of the last `count` items of a batch [B, ., gh, gw]: each
     channel becomes 0 with p = 1/2, else it doubles. Recolouring changes the image; this changes the
@@ -540,7 +540,7 @@ class SemiVL(nn.Module):
         if num_perturbed:
             maps = dense, shallow, deep
             dense, shallow, deep = (drop_channels(features, num_perturbed) for features in maps)
-        logits = self.decoder(dense, (shallow, deep), self.text)  # [B, N, 4gh, 4gw]
+        logits = self.decoder(dense, (shallow, deep), self.text)  # [B, N, 4gh, 4gw]; vision: gh, gw
         # If H or W is no multiple of P, the logits cover the padded image. They are resized to
         # H x W as a whole, so they shift by less than a patch. The authors' code does so, too.
         return F.interpolate(logits.float(), images.shape[2:], mode="bilinear", align_corners=False)
@@ -585,20 +585,22 @@ def update_teacher(teacher: nn.Module, student: nn.Module, step: int, decay: flo
         if p.requires_grad:
             average.lerp_(p, 1 - decay)
     for average, buffer in zip(teacher.buffers(), student.buffers(), strict=True):
-        average.copy_(buffer)  # batch-norm statistics are moving averages already
+        if WORLD > 1:  # each process has batch-norm statistics of its own
+            dist.broadcast(buffer, 0)
+        average.copy_(buffer)  # constants, and those statistics: moving averages already
 
 
 # 7. Data: a folder of images; crops of them in weak and strong views (UniMatch's) -----------------
-# Every data set, published or your own, is one canonical folder. data_prep.py makes it of what you
-# have, and `python data_prep.py FOLDER` checks one that is written by hand:
+# Every data set, published or your own, is one canonical folder. data_prep.py makes one from what
+# you have, and `python data_prep.py FOLDER` checks one that you wrote by hand:
 #     FOLDER/dataset.json      {"classes": ["sky", "car"], "definitions": {"car": ["car", "van"]}};
-#                              definitions are optional. A class with a list is looked for by the
-#                              list alone; put the name into it if CLIP should look for that, too
+#                              definitions are optional. For a class with a list CLIP looks for the
+#                              list alone; include the name if it should look for that, too
 #     FOLDER/splits/train.txt  an image per line: "IMAGE MASK", or "IMAGE" if it has no mask; a TAB
-#                              behind IMAGE if a name has blanks; paths are relative to FOLDER
+#                              after IMAGE if a name has blanks; paths are relative to FOLDER
 #     FOLDER/splits/val.txt    "IMAGE MASK". Optional: splits/test.txt, splits/8/labeled.txt
 # A mask is a PNG whose pixels are class numbers, 0 for the first of "classes", or 255: no label. It
-# is as large as its upright image. An entry is the pair (image, mask or None) of a line.
+# is as large as its image, turned upright. An entry is the pair (image, mask or None) of a line.
 #
 # A labelled image gives a crop x of random scale, with its mask y. An unlabelled one gives a crop
 # w, the weak view; s1 and s2 are w recoloured, nothing in them moves. So a label of a pixel in w
@@ -623,13 +625,13 @@ def read_mask(file: Path, num_classes: int, size: tuple) -> torch.Tensor:
         require(image.size == size, f"{image.size} pixels, but its image has {size} upright")
         mask = np.array(image)
         odd = mask[(mask >= num_classes) & (mask != IGNORE)].tolist()
-        require(not odd, f"{len(odd)} pixels, such as {odd[:1]}, are no class and not 255")
+        require(not odd, f"{len(odd)} pixels, such as {odd[:1]}, are neither a class nor 255")
         return torch.from_numpy(mask.astype(np.uint8))
 
 
 def read_list(file: Path, need_mask: bool = True) -> list[tuple]:
     """Lines of a list -> entries."""
-    # utf-8-sig drops the mark that editors of Windows put in front; paths may have its backslashes.
+    # utf-8-sig drops the byte-order mark of Windows' editors; paths may have its backslashes.
     with blame(file):
         text = file.read_text("utf-8-sig").replace("\\", "/")
     entries = []
@@ -637,8 +639,8 @@ def read_list(file: Path, need_mask: bool = True) -> list[tuple]:
         image, _, mask = line.strip().partition("\t" if "\t" in line else " ")
         require(mask or not need_mask, f"{file}: {line!r} names no mask")
         # Without a dot it is probably half of a name.
-        whole = "." in image or "\t" in line
-        require(whole, f"{file}: {line!r}: put a TAB behind a name that has blanks")
+        whole = "." in Path(image).name or "\t" in line
+        require(whole, f"{file}: {line!r}: put a TAB after a name that has blanks")
         entries.append((image.strip(), mask.strip() or None))
     require(entries, f"{file}: no line in it")
     return entries
@@ -748,7 +750,7 @@ def random_size(height: int, width: int, cfg: Config) -> tuple[int, int]:
 
 def scale_crop_flip(image: Image.Image, mask: torch.Tensor, cfg: Config):
     """Random scale, crop, flip of an image and its mask [H, W] -> image and mask of crop x crop.
-    A small image is padded at the right and bottom: black, IGNORE in the mask."""
+    A small image is padded at the right and bottom before the flip: black, IGNORE in the mask."""
     crop = cfg.crop
     height, width = random_size(image.height, image.width, cfg)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -811,7 +813,7 @@ class TrainingSet(Dataset):
         """Entry i of a list that is repeated without end and shuffled anew each time. So 92
         labelled images come round 114 times while VOC's 10,490 other images come round once."""
         epoch, place = divmod(i, len(entries))
-        which = int(entries is self.labelled)  # else both lists would have the same order
+        which = int(entries is self.labelled)  # else lists of equal length had the same order
         rng = np.random.default_rng((self.cfg.seed, which, epoch))
         return entries[rng.permutation(len(entries))[place]]
 
@@ -841,10 +843,10 @@ class TrainingSet(Dataset):
 
 
 # 8. Consistency (UniMatch, Yang et al., CVPR 2023): what about an image without a mask? -----------
-# An image's mask does not depend on its colours. So each unlabelled image gets two label maps, made
+# Recolouring an image does not change its mask. So each unlabelled image gets two label maps, made
 # from its weak view w, and the student has to predict them in views that are harder to see:
-#     losses L: with the teacher's labels, where its confidence is >= --conf-thresh (Cityscapes: at
-#               all pixels; an image's weight is its mean confidence)
+#     losses L: with the teacher's labels, where its confidence is >= --conf-thresh (Cityscapes:
+#               every pixel counts, times the mean confidence of its image)
 #     losses G: with frozen CLIP's labels, where its confidence is >= --guidance-conf-thresh
 #     each in three views: s1 and s2 (w recoloured, CutMix), fp (w, half of the channels off)
 #     total = (L_x + (L_s + L_fp) / 2) / 2 + lambda * (G_s + G_fp) / 2
@@ -854,9 +856,9 @@ class TrainingSet(Dataset):
 # CutMix boxes. So the student also learns that they show the same.
 # The trap is confirmation bias: the student learns wrong pseudo-labels, and the teacher follows the
 # student. So unsure ones are dropped (or their image counts less), and frozen CLIP, which never
-# follows, has its say. Its labels have coarse borders, so lambda falls to 0.
-# Toy world: 70.7 with all losses, 68.2 without G, 60.4 with L_x alone. With nearly no pseudo-label
-# but with G (--conf-thresh 1, 5 seeds) it has 70.6, with all losses 70.4: there, G alone is enough.
+# follows, adds an opinion of its own. Its labels have coarse borders, so lambda falls to 0.
+# Toy world: L_s and L_fp bring 7.9 (sd 3.8), then G 2.5 (sd 2.7). With G but hardly a pseudo-label
+# (--conf-thresh 1) it is as good as with both (0.1, sd 0.4): there, each can do most of the work.
 class Targets(NamedTuple):
     """The targets of unlabelled images, per pixel; all [B, H, W]."""
 
@@ -894,7 +896,7 @@ def supervised_loss(logits, y):
 
 def consistency_loss(logits, t: Targets, conf_thresh=0.95, weighting="pixel"):
     """Cross-entropy with pseudo-labels. Each pixel's loss is multiplied by its weight; the sum over
-    all pixels that are no padding is divided by their number. (Divided by the sum of the weights,
+    all pixels that are not padding is divided by their number. (Divided by the sum of the weights,
     an image with few confident pixels would count as much as one with many.) logits [B, N, H, W].
     Weights: "pixel", 1 where confidence reaches conf_thresh, else 0; "mean", the (mixed) image's
     mean confidence."""
@@ -909,7 +911,7 @@ def consistency_loss(logits, t: Targets, conf_thresh=0.95, weighting="pixel"):
 
 
 def semivl_loss(logits, y, targets, guidance_weight, conf_thresh=0.95, weighting="pixel") -> dict:
-    """The formula above, as scalars: "x"; for each view "s1", "guidance_s1", ...; "total".
+    """The formula of section 8: "total", and its terms "x"; for each view "s1", "guidance_s1", ...
     logits: {"x": ..., "s1": ..., "s2": ..., "fp": ...}, [B, N, H, W] each. y: masks of x, int64 [B,
     H, W]. targets: view -> Targets, not for x; if {}, total is L_x. guidance_weight: lambda."""
     losses = {"x": supervised_loss(logits["x"], y)}
@@ -937,14 +939,14 @@ def autocast(cfg: Config, device: torch.device) -> torch.autocast:
 
 
 def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: int) -> dict:
-    """One training step but for the optimiser: label w; CutMix s1 and s2 with their labels; let
-    the student predict x, s1, s2 and fp; losses; backward, which adds to the gradients. To save
-    memory the student works off the batch in micro-batches.
-    student: SemiVL, perhaps in DistributedDataParallel. teacher: the model that labels. guidance:
-    FrozenGuidance, or None. batch: stacked items of TrainingSet on one device, without "files".
-    In it x, w, s1, s2 are uint8. step: from 0 to cfg.steps - 1 (cfg.steps must not be 0 here). It
-    seeds torch, together with cfg.seed. Of cfg are read, too: unlabelled, batch, micro_batch,
-    precision, conf_thresh, weighting and guidance.
+    """One training step without the optimiser's part: label w; CutMix s1 and s2 with their labels;
+    let the student predict x, s1, s2 and fp; losses; backward, which adds to the gradients. To save
+    memory the student processes the batch in micro-batches.
+    student: SemiVL, perhaps in DistributedDataParallel.
+    teacher: the model that labels.
+    guidance: FrozenGuidance, or None.
+    batch: stacked items of TrainingSet on one device (images are uint8), without "files".
+    step: from 0 to cfg.steps - 1; cfg.steps must not be 0 here.
     Returns the losses of `semivl_loss`, means over micro-batches, and "kept": the share of pixels
     that have a confident pseudo-label."""
     device = batch["x"].device
@@ -978,7 +980,7 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
         # DistributedDataParallel; on a plain SemiVL it has no effect.
         student.require_backward_grad_sync = chunk.stop == size
         # Feature dropout has a seed for each step and micro-batch, so that a resumed run drops the
-        # same channels. TrainingSet's seeds are cfg.seed * 10**9 + i; 10**9 // 2 keeps apart.
+        # same channels. TrainingSet's seeds are cfg.seed * 10**9 + i; 10**9 // 2 keeps these apart.
         first = step * cfg.batch + RANK * size + start
         torch.manual_seed(cfg.seed * 10**9 + 10**9 // 2 + first)
         # x, s1, s2, fp, one after the other: [views * micro, 3, crop, crop]
@@ -1102,12 +1104,12 @@ def report(models: dict, folder: Folder, cfg: Config, device) -> dict:
 
 # 10. The run: how do steps become a trained model that can be stopped at any time? ----------------
 # last.pt has the student, the teacher, the optimiser and the settings. It has neither the images
-# nor frozen CLIP, so these and CLIP's weights have to be where they were. Items of data depend on
-# the seed and their number alone, feature dropout on --micro-batch and the number of processes,
-# too. If these stay, a run that was stopped goes on as if it had not been, bit for bit (on a CPU;
-# CUDA may add in another order).
+# nor frozen CLIP: to resume, images and CLIP's weights have to be where they were. An item of data
+# depends on the seed and its number only, feature dropout also on --micro-batch and the number of
+# processes. If these stay, a run that was stopped goes on as if it had not been, bit for bit (on a
+# CPU; CUDA may add in another order).
 # Under torchrun every process runs this file: item i goes to process i % WORLD, DDP averages the
-# gradients, evaluation shares the images, and process 0 alone prints and writes the run.
+# gradients, evaluation shares the images, and process 0 alone reports and writes the run.
 def pick_device(name: str) -> torch.device:
     """For "auto" what torch finds (CUDA, Apple's MPS), else the CPU. Under torchrun each process
     takes the GPU of its LOCAL_RANK, and waits here for the others. (Not tried on any GPU.)"""
@@ -1145,7 +1147,7 @@ def free_folder(out: str, default: Path) -> Path:
     path = Path(out or default)
     number = 1
     while path.exists():
-        require(not out, f"--out {out} is there already")
+        require(not out, f"--out {out} already exists")
         number += 1
         path = default.with_name(f"{default.name}-{number}")
     return path
@@ -1153,8 +1155,9 @@ def free_folder(out: str, default: Path) -> Path:
 
 class Run:
     """A run's folder; process 0 alone writes. last.pt is of the last step; best.pt, of the best
-    validation, has the teacher alone. modules: key in the file -> student, teacher ("model"),
-    optimiser; facts: what else the files have; saved: what last.pt has, to go on from there."""
+    validation, has the teacher alone. modules: what is saved, by key: "student", "model" (the
+    teacher), "optimizer". facts: what else the files have. saved: the content of last.pt, to go on
+    from there."""
 
     def __init__(self, cfg: Config, modules: dict, facts: dict, saved: dict | None):
         self.modules, self.facts = modules, facts
@@ -1182,7 +1185,7 @@ class Run:
         with contextlib.suppress(ImportError):  # Windows has no fcntl
             import fcntl
 
-            with blame(f"{self.path}: another process is at work in it"):
+            with blame(f"{self.path}: another process uses it"):
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def log(self, **entries) -> None:
@@ -1199,7 +1202,7 @@ class Run:
         for key, module in self.modules.items():
             if key == "model" or name == "last.pt":
                 content[key] = module.state_dict()
-        with blame(f"{self.path / name} (make room; what was saved before is whole)"):
+        with blame(f"{self.path / name} (disk full? what was saved before is whole)"):
             # In the same folder, since only there the file is replaced in one operation.
             file = self.path / "new.tmp"
             torch.save(content, file)
@@ -1207,8 +1210,8 @@ class Run:
 
 
 def make_networks(cfg: Config, folder: Folder, device: torch.device):
-    """The student; frozen CLIP as guidance; the columns of frozen CLIP in tables (title -> model);
-    CLIP's config (see `load_clip`)."""
+    """The student; frozen CLIP as guidance; frozen CLIP as segmenters for the tables (title ->
+    model); CLIP's config (see `load_clip`)."""
     clip, clip_config = load_clip(cfg)
     words = describe_classes(clip, folder.classes, cfg.decoder_text, cfg.definitions)
     pretrained = cfg.clip_weights != "none"
@@ -1302,8 +1305,8 @@ def train(cfg: Config, saved: dict | None = None) -> None:
         elif run.step % cfg.save_every == 0:
             run.save("last.pt")
         clock = time.perf_counter()  # here, so that evaluation and saving are not counted
-    # The table is of the last teacher. best.pt was chosen by its validation mIoU, so that number is
-    # too good.
+    # The table is of the last teacher: best.pt was chosen by its validation mIoU, so that number is
+    # optimistic.
     result = dict(val_best=run.best) | report(models, folder, cfg, device)
     if RANK == 0:
         (run.path / "result.json").write_text(json.dumps(result))
@@ -1396,8 +1399,8 @@ def load_checkpoint(file, **changes) -> tuple[SemiVL, torch.device, Config, dict
 
 
 # 12. Pictures: masks in colours, the sheet of a run -----------------------------------------------
-# A low mIoU does not say why: a mask that lies on its side, two classes exchanged. So a run draws
-# sheet.png at each evaluation.
+# A low mIoU does not say why: masks on their side, two classes swapped. So a run draws sheet.png at
+# each evaluation.
 def colour_mask(mask: torch.Tensor) -> Image.Image:
     """Class numbers, uint8 [H, W] -> palette image whose values are still the class numbers."""
     palette = [77, 82, 92]  # grey: class 0 is often the background
@@ -1529,7 +1532,7 @@ def main(argv=None) -> int:
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's have not
+        if hasattr(stream, "reconfigure"):  # streams of a notebook lack it
             stream.reconfigure(errors="replace")  # for class names that a console cannot print
     # A scheduler's SIGTERM does what Ctrl-C does. Put back afterwards: a notebook lives on.
     usual = signal.signal(signal.SIGTERM, signal.default_int_handler)

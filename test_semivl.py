@@ -940,7 +940,7 @@ MISTAKES = {  # what is wrong -> (file, content or picture; or options), words o
     "a crop below the patch": "--crop 7 --stride 7 | patch",
     "no image to predict": "--predict images/0.png | name images",
     "a file for a run": "--resume dataset.json | dataset.json/last.pt",
-    "an output folder that is taken": "--out splits | --out splits is there already",
+    "an output folder that is taken": "--out splits | --out splits already exists",
     "a number out of range": "--conf-thresh 2 | conf_thresh: between 0 and 1",
     "a word for a number": "--labels many | argument --labels: invalid int value",
     "classes that are numbers": ("dataset.json", b'{"classes": [0, 1]}', "words in quotes"),
