@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw
+from PIL import Image, ImageColor, ImageDraw, ImageOps
 from tqdm import tqdm
 
 # torch, torchvision and open_clip take seconds to import: the functions that need them do it.
@@ -984,13 +984,9 @@ def image_size(file: Path, turned: list) -> tuple[int, int]:
     """Width and height of an image as it is seen; opens all of it. Notes it if EXIF turns it."""
     with blame(file), Image.open(file) as image:
         require(image.mode[0] not in "IF", f"mode {image.mode}; save it with 8 bits")
-        image.load()
-        orientation = 1
-        with contextlib.suppress(Exception):  # damaged EXIF data: it stays as it is
-            orientation = image.getexif().get(0x0112, 1)
-        if orientation > 1:
+        if image.getexif().get(0x0112, 1) > 1:
             turned.append(file)
-        return image.size if orientation < 5 else image.size[::-1]
+        return ImageOps.exif_transpose(image).size
 
 
 def mask_pixels(file: Path, count: int, size: tuple, name: Path | None = None) -> np.ndarray:

@@ -76,6 +76,7 @@ from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD
 from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 from tqdm import tqdm
@@ -186,14 +187,12 @@ def blame(what):
     json and torch raise errors of any class for damaged files."""
     try:
         yield
-    except MemoryError:  # the file is not to blame
-        raise
     except Exception as error:
-        reason = " ".join(str(error).split())  # one line
+        reason = str(error) or repr(error)  # a MemoryError has no words
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror.lower()  # without the file, which `what` has
-        # The first sentence: torch's message goes on with advice to load unsafely.
-        raise UserError(f"{what}: {reason.split('. ')[0]}") from error
+        # One line, the first sentence: torch's message goes on with advice to load unsafely.
+        raise UserError(f"{what}: {' '.join(reason.split()).split('. ')[0]}") from error
 
 
 def say(text: str) -> None:
@@ -288,9 +287,8 @@ class DenseCLIP(nn.Module):
         self.skip_blocks = (0, len(visual.transformer.resblocks) // 3)  # 0 and 4 of 12
         self.width, self.embed_dim = visual.proj.shape
         self.grid = grid or visual.grid_size
-        position = visual.positional_embedding[None]  # [1, T, D]
-        position = resize_position(position, self.grid, visual.grid_size)[0]
-        visual.positional_embedding = nn.Parameter(position.detach())
+        position = resize_position(visual.positional_embedding[None], self.grid, visual.grid_size)
+        visual.positional_embedding = nn.Parameter(position[0].detach())  # [T, D]
         for module in visual.modules():
             if authors and isinstance(module, nn.LayerNorm):
                 module.eps = 1e-6
@@ -341,11 +339,6 @@ def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> None:
         tensor.requires_grad_(mode == "all" or (mode == "spatial" and spatial))
 
 
-def frozen_copy(module: nn.Module) -> nn.Module:
-    """A copy in eval mode that gets no gradients."""
-    return copy.deepcopy(module).requires_grad_(False).eval()
-
-
 # 5. Decoders (paper: Language-Guided Decoder): how does "similar to this text" become a mask? -----
 # A usual decoder ends in N filters, each learned from the few masks that show its class. Here the
 # decoder's batch has B*N items, one per image and class: a map of one channel, the similarity of
@@ -353,12 +346,6 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 # from all classes and work for any number of them. The price is N times the convolutions.
 # Toy world: from labelled images alone 7.8 (sd 5.8) more than DeepLabV3+; with all the rest on 3.1
 # less (sd 3.4). Our guess: shapes are so simple there that unlabelled images teach without words.
-#     dense [B, E, gh, gw], text [N, E]
-#     -> cosine_maps               [B, N, gh, gw]
-#     -> spatial reasoning         [B, N, C, gh, gw]     within each class: 7 x 7 conv, ASPP
-#     -> semantic reasoning, twice [B, N, C, gh, gw]     across classes, at each place
-#     -> two UpStages, with skips  [B, N, C/4, 4gh, 4gw] within each class
-#     -> head                      [B, N, 4gh, 4gw]      logits
 # It has 2.2 million parameters, whatever N is, beside 87 million of ViT-B/16.
 def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """Cosine similarity of places and texts: dense [B, E, gh, gw], text [N, E] -> [B, N, gh, gw].
@@ -370,16 +357,14 @@ def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         return torch.einsum("behw,ne->bnhw", dense, text)
 
 
-def conv_norm_relu(c_in, c_out, kernel, dilation=1, make_norm=None) -> nn.Sequential:
-    """Convolution that keeps the size, norm, ReLU. make_norm: channels -> norm, by default
-    GroupNorm of about 16 channels a group. It normalises each map by itself, so the maps of a batch
-    (images and classes) do not change each other, and small micro-batches do no harm."""
-    groups = math.gcd(max(1, c_out // 16), c_out)  # 8 for 128 channels; it has to divide c_out
-    norm = make_norm(c_out) if make_norm else nn.GroupNorm(groups, c_out)
-    padding = dilation * (kernel // 2)
-    conv = nn.Conv2d(c_in, c_out, kernel, padding=padding, dilation=dilation, bias=False)
-    # ReLU may work in place: the backward pass of a norm needs its input, not its output.
-    return nn.Sequential(conv, norm, nn.ReLU(inplace=True))
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Groups of about 16 channels. It normalises each map by itself, so the maps of a batch (images
+    and classes) do not change each other, and small micro-batches do no harm."""
+    return nn.GroupNorm(math.gcd(max(1, channels // 16), channels), channels)  # 128: 8 groups
+
+
+# (c_in, c_out, kernel, dilation=1) -> convolution that keeps the size, norm, ReLU
+conv_norm_relu = partial(Conv2dNormActivation, norm_layer=group_norm)
 
 
 class ASPP(nn.Module):
@@ -387,11 +372,10 @@ class ASPP(nn.Module):
     `width` channels each. [., c_in, gh, gw] -> [., width, gh, gw]. A 3 x 3 convolution of dilation
     18 reaches 18 patches to each side, so it spans more than the 32 patches of a crop."""
 
-    def __init__(self, c_in: int, width: int, make_norm=None):
+    def __init__(self, c_in: int, width: int, layer=conv_norm_relu):
         super().__init__()
-        layer = partial(conv_norm_relu, make_norm=make_norm)
         self.branches = nn.ModuleList([layer(c_in, width, 1)])
-        self.branches += [layer(c_in, width, 3, dilation) for dilation in (6, 12, 18)]
+        self.branches += [layer(c_in, width, 3, dilation=dilation) for dilation in (6, 12, 18)]
         self.pooled = layer(c_in, width, 1)
         self.project = layer(5 * width, width, 1)
 
@@ -423,8 +407,7 @@ class SemanticReasoning(nn.Module):
         # The text tells the layer which class a token is. Of the 2C channels that it returns, the
         # text's half is dropped: the next layer gets the same text again.
         tokens = torch.cat([maps, text.expand_as(maps)], dim=4)  # [B, ph, pw, N, 2C]
-        attended = self.layer(tokens.flatten(0, 2))[..., :C]  # [B*ph*pw, N, C]
-        attended = attended.unflatten(0, maps.shape[:3])  # [B, ph, pw, N, C]
+        attended = self.layer(tokens.flatten(0, 2)).view_as(tokens)[..., :C]  # [B, ph, pw, N, C]
         coarse = attended.permute(0, 3, 4, 1, 2).flatten(0, 1)  # [B*N, C, ph, pw]
         refined = F.interpolate(coarse, (gh, gw), mode="bilinear", align_corners=True)
         return x + refined.unflatten(0, (B, N))  # second residual: the layer has its own
@@ -466,29 +449,24 @@ class LanguageGuidedDecoder(nn.Module):
         self.head = nn.Conv2d(C // 4, 1, 3, padding=1)
         self.to(memory_format=torch.channels_last)  # in which these convolutions are faster
 
-    def spatial_reasoning(self, similarity):
-        """Within each class: [B, N, gh, gw] -> [B, N, C, gh, gw]."""
-        x = self.lift(similarity.flatten(0, 1).unsqueeze(1))  # [B*N, 1, gh, gw] -> [B*N, C, gh, gw]
-        return (x + self.aspp(x)).unflatten(0, similarity.shape[:2])
+    def forward(self, dense, skips, text):
+        """dense [B, E, gh, gw], skips (shallow, deep), text [N, E] -> logits [B, N, 4gh, 4gw]."""
+        shallow, deep = skips
+        similarity = cosine_maps(dense, text)  # [B, N, gh, gw]
 
-    def semantic_reasoning(self, x, text):
-        """Across classes, all at once: x [B, N, C, gh, gw], text [N, E] -> [B, N, C, gh, gw]."""
+        # Spatial reasoning, within each class.
+        x = self.lift(similarity.flatten(0, 1).unsqueeze(1))  # [B*N, 1, gh, gw] -> [B*N, C, gh, gw]
+        x = (x + self.aspp(x)).unflatten(0, similarity.shape[:2])  # [B, N, C, gh, gw]
+
+        # Semantic reasoning, across classes, all at once.
         text = self.text_proj(F.normalize(text, dim=1))  # [N, C]
         for layer in self.semantic:
-            x = layer(x, text)
-        return x
+            x = layer(x, text)  # [B, N, C, gh, gw]
 
-    def upsampling(self, x, shallow, deep):
-        """Within each class: x [B, N, C, gh, gw], skips -> logits [B, N, 4gh, 4gw]."""
+        # Upsampling, within each class.
         maps = self.up1(x.flatten(0, 1), self.deep_proj(deep))  # [B*N, C/2, 2gh, 2gw]
         maps = self.up2(maps, self.shallow_proj(shallow))  # [B*N, C/4, 4gh, 4gw]
         return self.head(maps).view(*x.shape[:2], *maps.shape[2:])
-
-    def forward(self, dense, skips, text):
-        """dense [B, E, gh, gw], skips (shallow, deep), text [N, E] -> logits [B, N, 4gh, 4gw]."""
-        x = self.spatial_reasoning(cosine_maps(dense, text))
-        x = self.semantic_reasoning(x, text)
-        return self.upsampling(x, *skips)
 
 
 class VisionDecoder(nn.Module):
@@ -497,8 +475,8 @@ class VisionDecoder(nn.Module):
 
     def __init__(self, embed_dim: int, skip_dim: int, num_classes: int, width: int = 64):
         super().__init__()
-        layer = partial(conv_norm_relu, make_norm=nn.BatchNorm2d)
-        self.aspp = ASPP(embed_dim, width, nn.BatchNorm2d)
+        layer = Conv2dNormActivation  # its norm is batch norm
+        self.aspp = ASPP(embed_dim, width, layer)
         self.skip_proj = layer(skip_dim, 48, 1)
         self.fuse = nn.Sequential(layer(48 + width, 256, 3), layer(256, 256, 3))
         self.head = nn.Conv2d(256, num_classes, 1)
@@ -573,6 +551,11 @@ class FrozenGuidance(nn.Module):
         return label.masked_fill(confidence < self.conf_thresh, IGNORE)
 
 
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A copy in eval mode that gets no gradients."""
+    return copy.deepcopy(module).requires_grad_(False).eval()
+
+
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, step: int, decay: float = 0.996) -> None:
     """Mean teacher: a `frozen_copy` of the student that becomes its exponential moving average,
@@ -582,8 +565,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, step: int, decay: flo
     the teacher is the plain mean of the students after each step."""
     decay = min(1 - 1 / (step + 1), decay)
     for average, p in zip(teacher.parameters(), student.parameters(), strict=True):
-        if p.requires_grad:
-            average.lerp_(p, 1 - decay)
+        average.lerp_(p, 1 - decay)
     for average, buffer in zip(teacher.buffers(), student.buffers(), strict=True):
         if WORLD > 1:  # each process has batch-norm statistics of its own
             dist.broadcast(buffer, 0)
@@ -610,10 +592,7 @@ def read_image(file: Path) -> Image.Image:
     with blame(file), Image.open(file) as image:
         deep = image.mode.startswith(("I", "F"))  # PIL would cut values above 255
         require(not deep, f"mode {image.mode}; save it with 8 bits")
-        image.load()  # PIL may report damage only once, and `suppress` would swallow that
-        with contextlib.suppress(Exception):  # damaged EXIF data: the image stays as it is stored
-            image = ImageOps.exif_transpose(image)
-        return image.convert("RGB")
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def read_mask(file: Path, num_classes: int, size: tuple) -> torch.Tensor:
@@ -655,20 +634,19 @@ class Folder:
         file = path / "dataset.json"
         with blame(f"{file} (of the folder that --dataset names)"):
             content = json.loads(file.read_text("utf-8-sig"))
-            names = content.get("classes", [])
             # Other programs write these keys, and masks with other values than class numbers.
             old = {"colors", "ignore_index"} & {*content}
             require(not old, f"{old}: python data_prep.py NEW --images {path} converts the masks")
-            different = len({*names}) == len(names)
-            require(different and 2 <= len(names) <= IGNORE, "needs 2 to 255 different classes")
+            names = content.get("classes", [])
             definitions = content.get("definitions", {})
-            for name, concepts in definitions.items():
-                fits = name in names and isinstance(concepts, list) and concepts
-                require(fits, f"definitions: {name!r} should be a class, with a list of words")
-            words = [*names, *sum(definitions.values(), [])]
-            texts = isinstance(names, list) and all(isinstance(word, str) for word in words)
-            require(texts, "classes and definitions should be lists of words in quotes")
-        self.classes = {name: definitions.get(name, [name]) for name in names}
+            self.classes = {name: definitions.get(name, [name]) for name in names}
+            different = len(self.classes) == len(names)
+            require(different and 2 <= len(names) <= IGNORE, "needs 2 to 255 different classes")
+            other = {*definitions} - {*names}
+            require(not other, f"definitions: {other} are no classes")
+            for words in (names, *self.classes.values()):
+                listed = isinstance(words, list) and all(isinstance(word, str) for word in words)
+                require(listed and words, f"{words} should be a list of words in quotes")
         self.train = read_list(path / "splits/train.txt", need_mask=False)
         self.val = read_list(path / "splits/val.txt")
         test = path / "splits/test.txt"
@@ -819,26 +797,25 @@ class TrainingSet(Dataset):
 
     def __getitem__(self, i: int) -> dict:
         cfg = self.cfg
-        with torch.random.fork_rng(devices=[]):  # the caller's CPU random numbers stay as they are
-            # x is drawn first, then w, the views, the boxes: a further view changes boxes only.
-            torch.manual_seed(cfg.seed * 10**9 + i)
-            entry = self.pick(self.labelled, i)
-            x, y = scale_crop_flip(*self.folder.pair(entry), cfg)
-            item = dict(x=VF.pil_to_tensor(x), y=y, files=entry[0])
-            if cfg.unlabelled:
-                entry = self.pick(self.unlabelled, i)
-                image = read_image(self.folder.path / entry[0])
-                # A crop does not tell where it is padded. So a mask of zeros is cropped with it; it
-                # comes back with IGNORE there, and nowhere else.
-                marker = torch.zeros(image.height, image.width, dtype=torch.uint8)
-                w, marker = scale_crop_flip(image, marker, cfg)
-                item["w"] = VF.pil_to_tensor(w)
-                item["padding"] = marker == IGNORE
-                item["files"] += f" {entry[0]}"
-                for name, view in STRONG_VIEWS.items():
-                    item[name] = VF.pil_to_tensor(view(w))
-                for name in STRONG_VIEWS:
-                    item[f"{name}_box"] = cutmix_box(cfg.crop)
+        # x is drawn first, then w, the views, the boxes: a further view changes boxes only.
+        torch.manual_seed(cfg.seed * 10**9 + i)
+        entry = self.pick(self.labelled, i)
+        x, y = scale_crop_flip(*self.folder.pair(entry), cfg)
+        item = dict(x=VF.pil_to_tensor(x), y=y, files=entry[0])
+        if cfg.unlabelled:
+            entry = self.pick(self.unlabelled, i)
+            image = read_image(self.folder.path / entry[0])
+            # A crop does not tell where it is padded. So a mask of zeros is cropped with it; it
+            # comes back with IGNORE there, and nowhere else.
+            marker = torch.zeros(image.height, image.width, dtype=torch.uint8)
+            w, marker = scale_crop_flip(image, marker, cfg)
+            item["w"] = VF.pil_to_tensor(w)
+            item["padding"] = marker == IGNORE
+            item["files"] += f" {entry[0]}"
+            for name, view in STRONG_VIEWS.items():
+                item[name] = VF.pil_to_tensor(view(w))
+            for name in STRONG_VIEWS:
+                item[f"{name}_box"] = cutmix_box(cfg.crop)
         return item
 
 
@@ -859,24 +836,6 @@ class TrainingSet(Dataset):
 # follows, adds an opinion of its own. Its labels have coarse borders, so lambda falls to 0.
 # Toy world: L_s and L_fp bring 7.9 (sd 3.8), then G 2.5 (sd 2.7). With G but hardly a pseudo-label
 # (--conf-thresh 1) it is as good as with both (0.1, sd 0.4): there, each can do most of the work.
-class Targets(NamedTuple):
-    """The targets of unlabelled images, per pixel; all [B, H, W]."""
-
-    label: torch.Tensor  # int64, the teacher's pseudo-label
-    confidence: torch.Tensor  # float32, its probability
-    padding: torch.Tensor  # bool, True where the crop holds no image
-    clip_label: torch.Tensor  # int64, frozen CLIP's label, or IGNORE
-
-
-@torch.no_grad()
-def make_targets(teacher, guidance, w, padding) -> Targets:
-    """Pseudo-labels and guidance labels (no `guidance`: all IGNORE) of weak views w [B, 3, H, W] in
-    [0, 1]; padding: bool [B, H, W], True where the crop holds no image."""
-    confidence, label = teacher(w).softmax(1).max(1)
-    clip_label = guidance.labels(w) if guidance else torch.full_like(label, IGNORE)
-    return Targets(label, confidence, padding, clip_label.masked_fill(padding, IGNORE))
-
-
 def cutmix(items: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
     """Pastes into each item what its partner has inside the item's box (CutMix, Yun et al., ICCV
     2019). The partner is the item at the mirrored place of the batch; the middle one of an odd
@@ -888,38 +847,35 @@ def cutmix(items: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
     return mixed
 
 
-def supervised_loss(logits, y):
-    """Cross-entropy of logits [B, N, H, W] and masks y, int64 [B, H, W]; mean over known pixels."""
-    loss = F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="sum")
-    return loss / (y != IGNORE).sum().clamp(min=1)  # 0 if no pixel is known
-
-
-def consistency_loss(logits, t: Targets, conf_thresh=0.95, weighting="pixel"):
+def consistency_loss(logits, label, confidence, conf_thresh=0.95, weighting="pixel"):
     """Cross-entropy with pseudo-labels. Each pixel's loss is multiplied by its weight; the sum over
     all pixels that are not padding is divided by their number. (Divided by the sum of the weights,
     an image with few confident pixels would count as much as one with many.) logits [B, N, H, W].
     Weights: "pixel", 1 where confidence reaches conf_thresh, else 0; "mean", the (mixed) image's
     mean confidence."""
-    valid = ~t.padding
-    loss = F.cross_entropy(logits, t.label, reduction="none")  # [B, H, W]
+    valid = label != IGNORE  # elsewhere is padding
+    loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")  # [B, H, W]
     if weighting == "pixel":
-        weight = (t.confidence >= conf_thresh).float()  # [B, H, W]
+        weight = (confidence >= conf_thresh).float()  # [B, H, W]
     else:
         pixels = valid.sum((1, 2), keepdim=True).clamp(min=1)
-        weight = (t.confidence * valid).sum((1, 2), keepdim=True) / pixels  # [B, 1, 1]
-    return torch.where(valid, loss * weight, 0).sum() / valid.sum().clamp(min=1)
+        weight = (confidence * valid).sum((1, 2), keepdim=True) / pixels  # [B, 1, 1]
+    return (loss * weight).sum() / valid.sum().clamp(min=1)
 
 
 def semivl_loss(logits, y, targets, guidance_weight, conf_thresh=0.95, weighting="pixel") -> dict:
     """The formula of section 8: "total", and its terms "x"; for each view "s1", "guidance_s1", ...
     logits: {"x": ..., "s1": ..., "s2": ..., "fp": ...}, [B, N, H, W] each. y: masks of x, int64 [B,
-    H, W]. targets: view -> Targets, not for x; if {}, total is L_x. guidance_weight: lambda."""
-    losses = {"x": supervised_loss(logits["x"], y)}
-    for view, t in targets.items():
-        losses[view] = consistency_loss(logits[view], t, conf_thresh, weighting)
+    H, W]. targets: view (not x) -> the teacher's label (padding: IGNORE), its confidence, frozen
+    CLIP's label, [B, H, W] each; if {}, total is L_x. guidance_weight: lambda."""
+    # L_x: the mean over known pixels; 0 if there is none.
+    loss = F.cross_entropy(logits["x"], y, ignore_index=IGNORE, reduction="sum")
+    losses = {"x": loss / (y != IGNORE).sum().clamp(min=1)}
+    for view, (label, confidence, clip_label) in targets.items():
+        losses[view] = consistency_loss(logits[view], label, confidence, conf_thresh, weighting)
         # Divided by ALL pixels, padding and those without a label of CLIP included: as published.
-        loss = F.cross_entropy(logits[view], t.clip_label, ignore_index=IGNORE, reduction="sum")
-        losses[f"guidance_{view}"] = loss / t.clip_label.numel()
+        loss = F.cross_entropy(logits[view], clip_label, ignore_index=IGNORE, reduction="sum")
+        losses[f"guidance_{view}"] = loss / clip_label.numel()
     total = losses["x"]
     if targets:
         strong = [view for view in targets if view != "fp"]
@@ -944,7 +900,7 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
     memory the student processes the batch in micro-batches.
     student: SemiVL, perhaps in DistributedDataParallel.
     teacher: the model that labels.
-    guidance: FrozenGuidance, or None.
+    guidance: FrozenGuidance.
     batch: stacked items of TrainingSet on one device (images are uint8), without "files".
     step: from 0 to cfg.steps - 1; cfg.steps must not be 0 here.
     Returns the losses of `semivl_loss`, means over micro-batches, and "kept": the share of pixels
@@ -952,23 +908,29 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
     device = batch["x"].device
     size = len(batch["x"])  # this process's share of cfg.batch
     images = {"x": batch["x"] / 255}  # view -> [size, 3, crop, crop], values in [0, 1]
-    targets = {}  # view -> Targets
+    targets = {}  # view -> label, confidence, clip_label; [size, crop, crop] each
     losses = {}
 
     if cfg.unlabelled:
         # Teacher and frozen CLIP label the weak views.
         w = batch["w"] / 255
-        with autocast(cfg, device):
-            weak = make_targets(teacher, guidance, w, batch["padding"])  # [size, crop, crop] each
-        sure = (weak.confidence >= cfg.conf_thresh) & ~weak.padding
-        losses["kept"] = sure.sum() / (~weak.padding).sum().clamp(min=1)
+        padding = batch["padding"]
+        with torch.no_grad(), autocast(cfg, device):
+            confidence, label = teacher(w).softmax(1).max(1)  # [size, crop, crop]
+            clip_label = guidance.labels(w)
+        # Where the crop holds no image there is no label, as in a mask.
+        label = label.masked_fill(padding, IGNORE)
+        clip_label = clip_label.masked_fill(padding, IGNORE)
+        weak = label, confidence, clip_label
+        sure = (confidence >= cfg.conf_thresh) & ~padding
+        losses["kept"] = sure.sum() / (~padding).sum().clamp(min=1)
 
         # CutMix changes images and targets alike. It comes before the split into micro-batches, so
         # images find a partner with --micro-batch 1, too.
         for view in STRONG_VIEWS:
             box = batch[f"{view}_box"]
             images[view] = cutmix(batch[view] / 255, box)
-            targets[view] = Targets(*[cutmix(field, box) for field in weak])
+            targets[view] = [cutmix(field, box) for field in weak]
         images["fp"] = w  # last, so that it is perturbed below
         targets["fp"] = weak
 
@@ -980,7 +942,7 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
         # DistributedDataParallel; on a plain SemiVL it has no effect.
         student.require_backward_grad_sync = chunk.stop == size
         # Feature dropout has a seed for each step and micro-batch, so that a resumed run drops the
-        # same channels. TrainingSet's seeds are cfg.seed * 10**9 + i; 10**9 // 2 keeps these apart.
+        # same channels. (TrainingSet's seeds are cfg.seed * 10**9 + i, below the half billion.)
         first = step * cfg.batch + RANK * size + start
         torch.manual_seed(cfg.seed * 10**9 + 10**9 // 2 + first)
         # x, s1, s2, fp, one after the other: [views * micro, 3, crop, crop]
@@ -988,9 +950,7 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
         with autocast(cfg, device):
             logits = student(pixels, num_perturbed=micro if targets else 0)  # "fp" comes last
         logits_of = dict(zip(images, logits.split(micro)))  # view -> [micro, N, crop, crop]
-        targets_of = {}
-        for view, fields in targets.items():
-            targets_of[view] = Targets(*[field[chunk] for field in fields])
+        targets_of = {view: [t[chunk] for t in fields] for view, fields in targets.items()}
         y = batch["y"][chunk].long()
         lam = cfg.guidance * (1 - step / cfg.steps)
         terms = semivl_loss(logits_of, y, targets_of, lam, cfg.conf_thresh, cfg.weighting)
@@ -1165,9 +1125,8 @@ class Run:
         self.best = -1.0  # validation mIoU
         self.path = Path(cfg.out)
         if saved:
-            for key in ("classes", "images"):
-                same = str(saved[key]) == str(facts[key])  # as text: the order of classes counts
-                require(same, f"{cfg.dataset}: its {key} changed since the run began")
+            same = saved["images"] == facts["images"] and [*saved["classes"]] == [*facts["classes"]]
+            require(same, f"{cfg.dataset}: its classes or images changed since the run began")
             self.step, self.best = saved["step"], saved["best"]
             with blame(f"{self.path}/last.pt does not fit the settings"):
                 for key, module in modules.items():
@@ -1267,8 +1226,6 @@ def train(cfg: Config, saved: dict | None = None) -> None:
     mine = range(run.step * cfg.batch + RANK, cfg.steps * cfg.batch, WORLD)
     workers = min(cfg.workers, os.cpu_count() or 1)
     loader = DataLoader(data, cfg.batch // WORLD, sampler=mine, num_workers=workers)
-    if not cfg.guidance:
-        guidance = None  # without its losses its labels are not needed
     clock = time.perf_counter()
     for batch in progress(loader, "train", total=cfg.steps, initial=run.step):
         files = batch.pop("files")
@@ -1336,9 +1293,7 @@ def load_clip(cfg: Config) -> tuple[open_clip.CLIP, dict]:
         if weights == "none":
             return open_clip.CLIP(**config), config
         if name.startswith("local-dir:"):
-            # "openai" is the option's default, so it was not typed.
-            require(weights == "openai", "a folder has its own weights: drop --clip-weights")
-            return open_clip.create_model(name, require_pretrained=True), config
+            weights = ""  # a folder has its own
         # open_clip only warns of the wrong GELU, which costs accuracy, and goes on.
         quick = config.get("quick_gelu", False)
         trained = open_clip.get_pretrained_cfg(name, weights) or {}
@@ -1377,8 +1332,7 @@ def load_file(file, **changes) -> tuple[Config, dict]:
     # The authors' files are read by `load_authors_checkpoint` in test_semivl.py.
     with blame(f"{file} is no last.pt or best.pt of a run (nor of the authors')"):
         content = torch.load(file, map_location="cpu", weights_only=True)
-        entries = "config classes clip labelled images step best model"
-        missing = {*entries.split()} - {*content}
+        missing = {*"config classes clip labelled images step best model".split()} - {*content}
         require(not missing, f"lacks {missing}")
         cfg = Config(**content["config"])
     return dataclasses.replace(cfg, **changes), content
@@ -1403,11 +1357,11 @@ def load_checkpoint(file, **changes) -> tuple[SemiVL, torch.device, Config, dict
 # each evaluation.
 def colour_mask(mask: torch.Tensor) -> Image.Image:
     """Class numbers, uint8 [H, W] -> palette image whose values are still the class numbers."""
-    palette = [77, 82, 92]  # grey: class 0 is often the background
-    for n in range(1, IGNORE):  # steps of the golden ratio on the colour wheel
-        palette += ImageColor.getrgb(f"hsv({(7 + 222.5 * n) % 360}, 60%, 90%)")
+    # Steps of the golden ratio on the colour wheel; class 0, often the background, is grey.
+    colours = [ImageColor.getrgb(f"hsv({7 + 222.5 * n}, 60%, 90%)") for n in range(IGNORE)]
+    colours[0] = (77, 82, 92)
     image = Image.fromarray(mask.cpu().numpy())
-    image.putpalette([*palette, 255, 255, 255])  # IGNORE is white
+    image.putpalette(sum(colours, ()) + (255, 255, 255))  # IGNORE is white
     return image
 
 
@@ -1452,8 +1406,7 @@ def predict(checkpoint: str, *names: str, **changes) -> None:
         mask = colour_mask(segment(model, image, cfg, device))
         out.mkdir(parents=True, exist_ok=True)  # only now: what fails leaves no empty folder
         mask.save(out / f"{name}-mask.png")
-        overlay = Image.blend(image, mask.convert("RGB"), 0.55)
-        overlay.save(out / f"{name}-overlay.png")
+        Image.blend(image, mask.convert("RGB"), 0.55).save(out / f"{name}-overlay.png")
     say(f"masks and overlays of {len(files)} images are in {out}")
 
 
@@ -1493,7 +1446,7 @@ def run_command(typed: dict) -> None:
     if "epochs" in typed:
         typed.setdefault("steps", 0)  # else the steps of a preset or a checkpoint would win
     if "resume" in actions:
-        fixed = {"out", "labels", "decoder_text"} & {*typed}
+        fixed = {"out", "labels", "decoder_text"} & {*typed}  # last.pt has images and text
         require(not fixed, f"--resume keeps {', '.join(fixed)}")
         train(*load_file(Path(actions["resume"], "last.pt"), out=actions["resume"], **typed))
     elif "eval" in actions:
@@ -1531,9 +1484,8 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # streams of a notebook lack it
-            stream.reconfigure(errors="replace")  # for class names that a console cannot print
+    if hasattr(sys.stdout, "reconfigure"):  # that of a notebook has not
+        sys.stdout.reconfigure(errors="replace")  # for class names that a console cannot print
     # A scheduler's SIGTERM does what Ctrl-C does. Put back afterwards: a notebook lives on.
     usual = signal.signal(signal.SIGTERM, signal.default_int_handler)
     exit_code = main()
