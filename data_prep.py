@@ -882,6 +882,7 @@ def divide(pairs: dict[str, tuple], in_val: set, share: float, seed: int) -> dic
         require(len(groups) > 1, "one mask only; training and validation need one each")
         count = max(1, min(len(groups) - 1, round(share * len(groups))))
         drawn = {*random.Random(seed).sample(groups, count)}
+        print(f"note: {count} of {len(groups)} masked images are drawn to validate")
         part_of |= {key: "val" for key in pairs if origin[key] in drawn}
     lists = {}
     for key, pair in pairs.items():
@@ -936,6 +937,8 @@ def from_pictures(folder, images, masks=None, classes=None, labelmap=None, val=0
             labelmap = labelmap or file
             same = file.name != labelmap.name or file.read_bytes() == labelmap.read_bytes()
             require(same, f"{file} differs from {labelmap}; name the right one by --labelmap")
+        if labelmap:
+            print(f"note: {labelmap} names the classes")
     names = read_labelmap(Path(labelmap)) if labelmap else dict(enumerate(classes or ()))
     source = str(labelmap or "--classes")
     classes = class_list(names, source) if names or labelmap else []

@@ -8,14 +8,15 @@ takes a crop x of a labelled image with its mask y, and a crop w of an unlabelle
     STUDENT         x                                           loss x, with the mask y
     EMA TEACHER     w                                           pseudo-labels and their confidence
     FROZEN CLIP     w                                           labels from the words of the classes
-    STUDENT         s1, s2: w recoloured; with p = 1/2 a box    losses s1, s2, with the labels of w
-                    comes from another image (CutMix)           (in the box: those of that image)
+    STUDENT         s1, s2: w recoloured; with p = 1/2 a box    losses s1, s2, with the labels of w;
+                    shows another image (CutMix)                in the box, those of that image
     STUDENT         w, half of the feature channels off (fp)    loss fp, with the labels of w
 
-The EMA teacher is our addition: in the published method the student makes the pseudo-labels
-(`--ema 0`). There, too, CutMix's box comes from another crop of the same image (no option has
-that). .github/DIFFERENCES.md lists all differences. The paper reports 84.0 mIoU on VOC with 92
-masks, 6.1 above the best before it; we did not repeat that run, and nothing here has run on a GPU.
+Two things are not the published method. The EMA teacher is our addition: the authors' student
+makes its own pseudo-labels (`--ema 0`). And their CutMix box shows another crop of the same image,
+for which we have no option. .github/DIFFERENCES.md lists all differences. The paper reports 84.0
+mIoU on VOC with 92 masks, 6.1 above the best before it. We did not repeat that run, and nothing
+here has run on a GPU.
 
     python semivl.py                                      the built-in toy world: minutes on a CPU
     python semivl.py --dataset FOLDER --labels 8          your own images (section 7)
@@ -30,7 +31,7 @@ The paper's ideas (the last one comes from UniMatch, Yang et al., CVPR 2023):
     CLIP as pre-training, an embedding for every patch   section 3    DenseCLIP
     spatial fine-tuning: attention and positions train   section 4    spatial_fine_tuning
     language-guided decoder: from similarity to mask     section 5    LanguageGuidedDecoder
-    dense CLIP guidance: frozen CLIP labels w, too       section 6    FrozenGuidance
+    dense CLIP guidance: frozen CLIP also labels w       section 6    FrozenGuidance
     consistency: w's labels hold in harder views of w    sections 7, 8  STRONG_VIEWS, training_step
 
 Sections 2 to 8 are the method; `training_step` is the table further up as code. For the method
@@ -40,8 +41,8 @@ losses and norms of gradients with numbers that the authors' code computed (not 
 The toy world, which data_prep.py paints, has 900 scenes of 96 x 96 pixels: two to four of ten
 things (car, cat, castle, ...) on one of four grounds. Its tiny CLIP has learned from 16,000 other
 paintings with captions. With 4 masks SemiVL reaches 70.7 mIoU there. "Toy world" in a section says
-what its idea changes: points of mIoU, mean (sd) over five or ten seeds. By these sds the toy world
-cannot judge every idea.
+how many points of mIoU its idea adds, mean (sd) over five or ten seeds. Where the sd is as large as
+the mean, the toy world cannot tell.
 
 Letters for shapes, in every comment: B images, N classes, K concepts, H x W image, P patch side,
 gh x gw patches (H/P, W/P rounded up), T = 1 + gh*gw tokens, D width of the ViT, E width of CLIP's
@@ -86,8 +87,8 @@ from tqdm import tqdm
 @dataclasses.dataclass
 class Config:
     # Every field is an option of the command line: `vit_lr` is --vit-lr; a bool is on or off. The
-    # defaults are VOC's. PRESETS has what differs for another data set; an option that is typed
-    # wins over both. A checkpoint keeps the settings, so they are never typed twice.
+    # defaults are VOC's. PRESETS lists what differs for the other data sets. An option that you
+    # type wins over both. A checkpoint keeps the settings, so nobody types them twice.
     # Data
     dataset: str = "voc"  # voc, coco, ade20k, cityscapes, toy or FOLDER; if none is typed: toy
     labels: int = 92  # how many images are labelled; all others of train.txt are used without mask
@@ -99,9 +100,9 @@ class Config:
     # Networks
     clip: str = "ViT-B-16-quickgelu"  # a plain ViT CLIP of open_clip; toy; or local-dir:FOLDER
     clip_weights: str = "openai"  # a tag of open_clip's pretrained weights, FILE, or none: random
-    authors_clip: bool = False  # CLIP as the authors have it: see DenseCLIP
+    authors_clip: bool = False  # GELU, eps and colour statistics as the authors have them
     decoder: Literal["language", "vision"] = "language"  # vision: DeepLabV3+
-    decoder_channels: int = 128  # C of the language decoder; all of its widths follow
+    decoder_channels: int = 128  # C of the language decoder; its other widths are parts of it
     decoder_text: Literal["names", "mean"] = "names"  # text of a class: name, or mean of concepts
     definitions: bool = True  # use a class's concepts (section 2); off: its name instead
     finetune: Literal["spatial", "all", "none"] = "spatial"  # what trains in the ViT (section 4)
@@ -118,7 +119,7 @@ class Config:
     steps: int = 0  # optimiser steps; 0: as many as --epochs has
     epochs: int = 80  # passes over the unlabelled images
     batch: int = 8  # labelled images per step, and as many unlabelled ones
-    micro_batch: int = 2  # images per forward: as many of x, s1, s2 and fp each; divides the batch
+    micro_batch: int = 2  # images per forward, of x, s1, s2 and fp each; should divide batch
     lr: float = 1e-3  # learning rate of the decoder
     vit_lr: float = 1e-6  # learning rate of the ViT, and of the stem of conv_skip
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16: autocast; auto: bf16 on CUDA only
@@ -128,7 +129,7 @@ class Config:
     evals: int = 20  # evaluations during the run, at most
     save_every: int = 250  # steps between two saves of last.pt
     out: str = ""  # folder for what is written; '': runs/DATASET-LABELS, numbered if taken
-    seed: int = 0  # for the labelled draw, weights, order and augmentation
+    seed: int = 0  # for drawing labelled images, weights, order and augmentation
     device: str = "auto"  # auto, cuda, mps or cpu
 
     def __post_init__(self):
@@ -138,7 +139,8 @@ class Config:
             choices = get_args(kind)
             require(not choices or value in choices, f"setting {name}: one of {choices}")
             require(isinstance(value, str) or value >= 0, f"setting {name}: not below 0")
-        for name in "labels crop epochs batch micro_batch evals save_every".split():
+        counts = "labels crop decoder_channels epochs batch micro_batch evals save_every"
+        for name in counts.split():
             require(getattr(self, name) >= 1, f"setting {name}: at least 1")
         for name in "conf_thresh guidance_conf_thresh ema".split():
             require(0 <= getattr(self, name) <= 1, f"setting {name}: between 0 and 1")
@@ -201,7 +203,7 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-# 2. Language (paper: Class Definition Guidance): what is a class called, what does it look like? --
+# 2. Language (paper: Class Definition Guidance): what is a class called, and what does it show? ---
 # A class name alone can be a poor prompt: hardly any caption on the web says "background". So a
 # class is defined by a list of concepts, for example
 #     person: person, people, baby, face        background: building, grass, road, sky, tree, ...
@@ -209,7 +211,8 @@ def say(text: str) -> None:
 # published lists; on COCO and ADE20K a class's only concept is its name.
 # The decoder reads one vector per class: the embedding of its name, or (Cityscapes) the mean of its
 # concepts. The decoder is trained, so a poor name costs it less.
-# Toy world: guidance by names instead costs 8.3 (sd 4.6); no guidance at all only 2.5 (sd 2.7).
+# Toy world: if frozen CLIP reads names instead of definitions, mIoU falls by 8.3 (sd 4.6); without
+# frozen CLIP it falls by 2.5 (sd 2.7). So poor words do more harm than no words.
 @torch.no_grad()
 def encode_text(clip: open_clip.CLIP, words: list[str]) -> torch.Tensor:
     """Text embeddings of "a photo of a WORD", [len(words), E], not normalised. Sets clip.eval()."""
@@ -228,8 +231,8 @@ class Words(NamedTuple):
 
 
 def describe_classes(clip, classes: dict[str, list], text_from="names", definitions=True) -> Words:
-    """classes: name -> concepts (without `definitions`: the name alone). text_from: whether the
-    decoder reads the "names", or the "mean" of each class's concepts."""
+    """classes: name -> concepts. text_from: what the decoder reads, the class "names" or the "mean"
+    of a class's concepts. definitions=False: the name is the only concept of each class."""
     names = encode_text(clip, list(classes))
     groups = list(classes.values()) if definitions else [[name] for name in classes]
     sizes = [len(group) for group in groups]
@@ -251,8 +254,8 @@ def describe_classes(clip, classes: dict[str, list], text_from="names", definiti
 # block 4 of 12) tell it: so early, a patch still describes its own pixels. The authors use value
 # paths for these, too, and give no reason; our guess: attention would blur the maps further.
 class LeanQuickGELU(nn.Module):
-    """x sigmoid(1.702 x), as silu(1.702 x) / 1.702: the backward pass keeps one tensor, not two. On
-    a CPU, a step with VOC's settings takes 37 % less time than with open_clip's QuickGELU."""
+    """x sigmoid(1.702 x), as silu(1.702 x) / 1.702: one tensor is kept for the backward pass, not
+    two. With VOC's settings a step on a CPU takes 37 % less time than by open_clip's QuickGELU."""
 
     def forward(self, x):
         return F.silu(1.702 * x).mul_(1 / 1.702)
@@ -275,10 +278,10 @@ resize_position = partial(timm.layers.resample_abs_pos_embed, antialias=False)
 
 class DenseCLIP(nn.Module):
     """The visual tower of a plain ViT of open_clip, as an encoder of patches.
-    visual: `open_clip.create_model(...).visual`, kept and modified: a second DenseCLIP of it would
-    share its weights. grid: (gh, gw) at which the position embedding trains; other image sizes
-    interpolate from it. authors: exact GELU and LayerNorm eps 1e-6, with which the authors tuned
-    OpenAI's weights; OpenAI had QuickGELU and 1e-5."""
+    visual: `open_clip.create_model(...).visual`, which is kept and modified: it serves one
+    DenseCLIP. grid: (gh, gw) at which the position embedding trains; other image sizes interpolate
+    from it. authors: exact GELU and LayerNorm eps 1e-6, with which the authors tuned OpenAI's
+    weights; OpenAI had QuickGELU and 1e-5."""
 
     def __init__(self, visual, grid=None, authors=False):
         super().__init__()
@@ -330,7 +333,8 @@ class DenseCLIP(nn.Module):
 # CLIP has learned from whole images, so it is poor at saying where things are. Attention and the
 # position embedding decide that, so they train. MLPs are thought to store knowledge, so they stay
 # as they are, and with them norms, class token, patch convolution and final projection.
-# Toy world: no clear difference; if all trains +1.2 (sd 1.8), if nothing does +0.7 (sd 1.3).
+# Toy world: training all of the ViT adds 1.2 (sd 1.8), training none of it 0.7 (sd 1.3): no clear
+# difference.
 def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> None:
     """Sets what trains in the ViT: "spatial" (29.1 of 86.8 million parameters of ViT-B/16 at crop
     512), "all" or "none". To be called before `make_optimizer`, which reads it."""
@@ -344,9 +348,10 @@ def spatial_fine_tuning(clip: DenseCLIP, mode: str = "spatial") -> None:
 # decoder's batch has B*N items, one per image and class: a map of one channel, the similarity of
 # every patch to the class's text. The same weights clean up the map of any class, so they learn
 # from all classes and work for any number of them. The price is N times the convolutions.
-# Toy world: from labelled images alone 7.8 (sd 5.8) more than DeepLabV3+; with all the rest on 3.1
-# less (sd 3.4). Our guess: shapes are so simple there that unlabelled images teach without words.
-# It has 2.2 million parameters, whatever N is, beside 87 million of ViT-B/16.
+# The decoder has 2.2 million parameters, whatever N is; ViT-B/16 has 87 million.
+# Toy world: trained on labelled images alone, it is 7.8 (sd 5.8) better than DeepLabV3+. With
+# consistency and guidance on, DeepLabV3+ is 3.1 (sd 3.4) better. Our guess: shapes are so simple
+# there that unlabelled images teach them without words.
 def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """Cosine similarity of places and texts: dense [B, E, gh, gw], text [N, E] -> [B, N, gh, gw].
     Normalises both (feature dropout, section 6, changes lengths), in float32 even under autocast:
@@ -360,10 +365,11 @@ def cosine_maps(dense: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
 def group_norm(channels: int) -> nn.GroupNorm:
     """Groups of about 16 channels. It normalises each map by itself, so the maps of a batch (images
     and classes) do not change each other, and small micro-batches do no harm."""
-    return nn.GroupNorm(math.gcd(max(1, channels // 16), channels), channels)  # 128: 8 groups
+    groups = math.gcd(max(1, channels // 16), channels)  # 8 for 128; it has to divide channels
+    return nn.GroupNorm(groups, channels)
 
 
-# (c_in, c_out, kernel, dilation=1) -> convolution that keeps the size, norm, ReLU
+# conv_norm_relu(c_in, c_out, kernel, dilation=...): convolution that keeps the size, norm, ReLU
 conv_norm_relu = partial(Conv2dNormActivation, norm_layer=group_norm)
 
 
@@ -420,20 +426,22 @@ class UpStage(nn.Module):
     def __init__(self, c_in: int, c_skip: int, c_out: int):
         super().__init__()
         self.up = nn.ConvTranspose2d(c_in, c_in - c_skip, 2, stride=2)
+        # Six layers in one list, as in the authors' checkpoints.
         self.conv = nn.Sequential(*conv_norm_relu(c_in, c_out, 3), *conv_norm_relu(c_out, c_out, 3))
 
     def forward(self, x, skip):
         # c_in - c_skip channels: with the skip's c_skip appended, the convolution reads c_in.
         up = self.up(x)  # [B*N, c_in - c_skip, 2a, 2b]
         skip = F.interpolate(skip, up.shape[2:], mode="bilinear", align_corners=True)  # 2a x 2b
-        skip = skip.repeat_interleave(len(up) // len(skip), dim=0)  # [B*N, c_skip, 2a, 2b]
+        N = len(up) // len(skip)
+        skip = skip.repeat_interleave(N, dim=0)  # [B*N, c_skip, 2a, 2b]
         return self.conv(torch.cat([up, skip], dim=1))
 
 
 class LanguageGuidedDecoder(nn.Module):
     """Similarity maps -> spatial reasoning -> semantic reasoning -> upsampling.
-    embed_dim: E. shallow_dim, deep_dim: channels of the skips. C: a multiple of 8. shallow_width:
-    channels of the shallow skip once projected, by default C/8."""
+    embed_dim: E. shallow_dim, deep_dim: channels of the skips. C: should be a multiple of 8.
+    shallow_width: channels of the shallow skip once projected, by default C/8."""
 
     def __init__(self, embed_dim, shallow_dim, deep_dim, C=128, shallow_width=None):
         super().__init__()
@@ -450,7 +458,8 @@ class LanguageGuidedDecoder(nn.Module):
         self.to(memory_format=torch.channels_last)  # in which these convolutions are faster
 
     def forward(self, dense, skips, text):
-        """dense [B, E, gh, gw], skips (shallow, deep), text [N, E] -> logits [B, N, 4gh, 4gw]."""
+        """dense [B, E, gh, gw]; skips (shallow, deep), [B, shallow_dim or deep_dim, any, any]; text
+        [N, E] -> logits [B, N, 4gh, 4gw]."""
         shallow, deep = skips
         similarity = cosine_maps(dense, text)  # [B, N, gh, gw]
 
@@ -491,13 +500,13 @@ class VisionDecoder(nn.Module):
 # 6. Three networks: student, frozen CLIP (paper: Dense CLIP Guidance), EMA teacher ----------------
 # Who tells the student what to say where there is no mask? The teacher gets better, but it learns
 # from the student, so it can confirm the student's mistakes. Frozen CLIP is coarse, but constant.
-# Toy world: frozen CLIP brings 2.5 (sd 2.7), the EMA teacher (UniMatch V2 has one) 0.1 (sd 1.0).
+# Toy world: frozen CLIP adds 2.5 (sd 2.7), the EMA teacher (UniMatch V2 has one) 0.1 (sd 1.0).
 def drop_channels(features: torch.Tensor, count: int) -> torch.Tensor:
     """UniMatch's feature perturbation of the last `count` items of a batch [B, ., gh, gw]: each
     channel becomes 0 with p = 1/2, else it doubles. Recolouring changes the image; this changes the
     features. The student has to predict the same labels from about half of its channels."""
     kept, perturbed = features.split([len(features) - count, count])
-    return torch.cat([kept, F.dropout2d(perturbed, 0.5)])
+    return torch.cat([kept, F.dropout2d(perturbed, 0.5)])  # drops in eval mode, too
 
 
 class SemiVL(nn.Module):
@@ -528,7 +537,8 @@ class FrozenGuidance(nn.Module):
     """CLIP as it was before SemiVL's first step, as a zero-shot classifier of pixels.
     clip: images -> (dense [B, E, gh, gw], ...), such as DenseCLIP(visual).eval(); in training
     `frozen_copy(student.clip)`: this class itself freezes nothing. concepts: [K, E] of text, class
-    after class. sizes: concepts per class. conf_thresh: labels below it become IGNORE."""
+    after class. sizes: concepts per class; their sum is K. conf_thresh: less sure labels become
+    IGNORE."""
 
     def __init__(self, clip: DenseCLIP, concepts, sizes: list[int], conf_thresh: float = 0.9):
         super().__init__()
@@ -576,8 +586,8 @@ def update_teacher(teacher: nn.Module, student: nn.Module, step: int, decay: flo
 # Every data set, published or your own, is one canonical folder. data_prep.py makes one from what
 # you have, and `python data_prep.py FOLDER` checks one that you wrote by hand:
 #     FOLDER/dataset.json      {"classes": ["sky", "car"], "definitions": {"car": ["car", "van"]}};
-#                              definitions are optional. For a class with a list CLIP looks for the
-#                              list alone; include the name if it should look for that, too
+#                              definitions are optional. For a class with a list CLIP uses the list
+#                              alone: put the name into it if the name should count as well
 #     FOLDER/splits/train.txt  an image per line: "IMAGE MASK", or "IMAGE" if it has no mask; a TAB
 #                              after IMAGE if a name has blanks; paths are relative to FOLDER
 #     FOLDER/splits/val.txt    "IMAGE MASK". Optional: splits/test.txt, splits/8/labeled.txt
@@ -617,7 +627,7 @@ def read_list(file: Path, need_mask: bool = True) -> list[tuple]:
     for line in filter(str.strip, text.splitlines()):
         image, _, mask = line.strip().partition("\t" if "\t" in line else " ")
         require(mask or not need_mask, f"{file}: {line!r} names no mask")
-        # Without a dot it is probably half of a name.
+        # Without a dot it is half of a name. (Half of "IMG.2 x.jpg" is not noticed here.)
         whole = "." in Path(image).name or "\t" in line
         require(whole, f"{file}: {line!r}: put a TAB after a name that has blanks")
         entries.append((image.strip(), mask.strip() or None))
@@ -677,7 +687,7 @@ def count_pixels(folder: Folder, entries: list[tuple]) -> torch.Tensor:
 
 def draw_labelled(folder: Folder, count: int, seed: int) -> list[tuple]:
     """The labelled entries: those of splits/COUNT/labeled.txt, or `count` drawn from train.txt. A
-    few images easily miss a class: of 100 draws the one whose masks show most classes is taken.
+    small draw may lack a class: of 100 draws the one whose masks show most classes is taken.
     This looks at masks that then count as unknown: a benchmark should fix its images in a list."""
     file = folder.path / f"splits/{count}/labeled.txt"
     if file.exists():
@@ -710,15 +720,19 @@ def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
+def uniform(low: float, high: float) -> float:
+    """A random number. Augmentation draws from torch's generator alone: TrainingSet seeds it."""
+    return float(torch.empty(()).uniform_(low, high))
+
+
 def random_size(height: int, width: int, cfg: Config) -> tuple[int, int]:
     """A random (height, width) of the same aspect. With `fit`: draw r from [scale_min, scale_max].
     The short side becomes crop * r, or less if the long side would be above 4 * crop * r. (Paper:
     512 r and 2048 r. At r = 1, 375 x 500 becomes 512 x 683.) Without `fit`: the image's own size
     times a random factor from [scale_min, scale_max]."""
     long, short = max(height, width), min(height, width)
-    # Random numbers are torch's everywhere: TrainingSet seeds torch alone.
     if cfg.fit:
-        r = float(torch.empty(()).uniform_(cfg.scale_min, cfg.scale_max))
+        r = uniform(cfg.scale_min, cfg.scale_max)
         scale = min(int(4 * cfg.crop * r) / long, int(cfg.crop * r) / short)
     else:
         low, high = int(cfg.scale_min * long), int(cfg.scale_max * long)
@@ -747,8 +761,7 @@ def scale_crop_flip(image: Image.Image, mask: torch.Tensor, cfg: Config):
 
 def blur(image: Image.Image) -> Image.Image:
     """Gaussian blur by a random sigma of 0.1 to 2 pixels."""
-    sigma = float(torch.empty(()).uniform_(0.1, 2.0))
-    return image.filter(ImageFilter.GaussianBlur(sigma))
+    return image.filter(ImageFilter.GaussianBlur(uniform(0.1, 2.0)))
 
 
 # PIL image -> recoloured, perhaps blurred; nothing moves. A labelled crop x is not recoloured: the
@@ -766,9 +779,9 @@ def cutmix_box(size: int) -> torch.Tensor:
     that is not empty has a fifth of the crop's area on average."""
     if torch.rand(()) < 0.5:
         return torch.zeros(4, dtype=torch.long)
-    area = float(torch.empty(()).uniform_(0.02, 0.4)) * size * size
+    area = uniform(0.02, 0.4) * size * size
     while True:  # the area stays: drawing it anew would favour small boxes
-        ratio = float(torch.empty(()).uniform_(0.3, 1 / 0.3))
+        ratio = uniform(0.3, 1 / 0.3)
         width, height = int(math.sqrt(area / ratio)), int(math.sqrt(area * ratio))
         top, left = torch.randint(size, (2,)).tolist()
         if left + width <= size and top + height <= size:
@@ -777,9 +790,10 @@ def cutmix_box(size: int) -> torch.Tensor:
 
 class TrainingSet(Dataset):
     """Item i: the i-th labelled and the i-th unlabelled image of the whole run; i does not start
-    again with an epoch. Keys: x, w, s1, s2 uint8 [3, crop, crop]; y uint8, padding bool [crop,
-    crop]; s1_box, s2_box int64 [4]; files, a string. An item depends on (seed, i) alone, so a run
-    is the same with any number of workers and however often it is resumed."""
+    again with an epoch. Keys: x uint8 [3, crop, crop]; y uint8 [crop, crop]; files, a string; with
+    cfg.unlabelled also w, s1, s2 uint8 [3, crop, crop]; padding bool [crop, crop]; s1_box, s2_box
+    int64 [4]. An item depends on (seed, i) alone, so a run is the same with any number of workers
+    and however often it is resumed."""
 
     def __init__(self, folder: Folder, labelled: list, cfg: Config):
         self.folder, self.labelled, self.cfg = folder, labelled, cfg
@@ -791,7 +805,7 @@ class TrainingSet(Dataset):
         """Entry i of a list that is repeated without end and shuffled anew each time. So 92
         labelled images come round 114 times while VOC's 10,490 other images come round once."""
         epoch, place = divmod(i, len(entries))
-        which = int(entries is self.labelled)  # else lists of equal length had the same order
+        which = int(entries is self.labelled)  # so that lists of equal length differ in their order
         rng = np.random.default_rng((self.cfg.seed, which, epoch))
         return entries[rng.permutation(len(entries))[place]]
 
@@ -805,7 +819,7 @@ class TrainingSet(Dataset):
         if cfg.unlabelled:
             entry = self.pick(self.unlabelled, i)
             image = read_image(self.folder.path / entry[0])
-            # A crop does not tell where it is padded. So a mask of zeros is cropped with it; it
+            # A crop does not show where it was padded. So a mask of zeros is cropped with it; it
             # comes back with IGNORE there, and nowhere else.
             marker = torch.zeros(image.height, image.width, dtype=torch.uint8)
             w, marker = scale_crop_flip(image, marker, cfg)
@@ -821,21 +835,22 @@ class TrainingSet(Dataset):
 
 # 8. Consistency (UniMatch, Yang et al., CVPR 2023): what about an image without a mask? -----------
 # Recolouring an image does not change its mask. So each unlabelled image gets two label maps, made
-# from its weak view w, and the student has to predict them in views that are harder to see:
-#     losses L: with the teacher's labels, where its confidence is >= --conf-thresh (Cityscapes:
-#               every pixel counts, times the mean confidence of its image)
-#     losses G: with frozen CLIP's labels, where its confidence is >= --guidance-conf-thresh
-#     each in three views: s1 and s2 (w recoloured, CutMix), fp (w, half of the channels off)
-#     total = (L_x + (L_s + L_fp) / 2) / 2 + lambda * (G_s + G_fp) / 2
-# L_s and G_s are means over s1 and s2; L_x is the cross-entropy of the labelled crop x with its
-# mask; lambda = --guidance * (1 - step / steps).
+# from its weak view w, and the student has to predict them in views that are harder to recognise:
+#     total = 1/2 [L_x + 1/2 (L_s + L_fp)] + lambda * 1/2 (G_s + G_fp)
+#     L_x         cross-entropy of the labelled crop x with its mask
+#     L_s, L_fp   with the teacher's labels, where its confidence is >= --conf-thresh (Cityscapes:
+#                 every pixel counts, times the mean confidence of its image)
+#     G_s, G_fp   with frozen CLIP's labels, where its confidence is >= --guidance-conf-thresh
+#     s           in w recoloured, with CutMix: the mean over the two views s1 and s2
+#     fp          in w with half of the feature channels off
+#     lambda      --guidance * (1 - step / steps)
 # Why two strong views? They are drawn independently and have the same labels, except in their
 # CutMix boxes. So the student also learns that they show the same.
 # The trap is confirmation bias: the student learns wrong pseudo-labels, and the teacher follows the
 # student. So unsure ones are dropped (or their image counts less), and frozen CLIP, which never
 # follows, adds an opinion of its own. Its labels have coarse borders, so lambda falls to 0.
-# Toy world: L_s and L_fp bring 7.9 (sd 3.8), then G 2.5 (sd 2.7). With G but hardly a pseudo-label
-# (--conf-thresh 1) it is as good as with both (0.1, sd 0.4): there, each can do most of the work.
+# Toy world: L_s and L_fp add 7.9 (sd 3.8), then G adds 2.5 (sd 2.7). With G on and L_s, L_fp nearly
+# off (--conf-thresh 1) the result is the same (+0.1, sd 0.4): there, either of them is enough.
 def cutmix(items: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
     """Pastes into each item what its partner has inside the item's box (CutMix, Yun et al., ICCV
     2019). The partner is the item at the mirrored place of the batch; the middle one of an odd
@@ -850,10 +865,10 @@ def cutmix(items: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
 def consistency_loss(logits, label, confidence, conf_thresh=0.95, weighting="pixel"):
     """Cross-entropy with pseudo-labels. Each pixel's loss is multiplied by its weight; the sum over
     all pixels that are not padding is divided by their number. (Divided by the sum of the weights,
-    an image with few confident pixels would count as much as one with many.) logits [B, N, H, W].
-    Weights: "pixel", 1 where confidence reaches conf_thresh, else 0; "mean", the (mixed) image's
-    mean confidence."""
-    valid = label != IGNORE  # elsewhere is padding
+    an image with few confident pixels would count as much as one with many.) logits [B, N, H, W];
+    label int64, IGNORE at padding, and confidence, [B, H, W] each. Weights: "pixel", 1 where
+    confidence reaches conf_thresh, else 0; "mean", the image's mean confidence, after CutMix."""
+    valid = label != IGNORE
     loss = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")  # [B, H, W]
     if weighting == "pixel":
         weight = (confidence >= conf_thresh).float()  # [B, H, W]
@@ -899,17 +914,19 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
     let the student predict x, s1, s2 and fp; losses; backward, which adds to the gradients. To save
     memory the student processes the batch in micro-batches.
     student: SemiVL, perhaps in DistributedDataParallel.
-    teacher: the model that labels.
+    teacher: images in [0, 1] -> logits [B, N, H, W], in eval mode, such as `frozen_copy(student)`.
     guidance: FrozenGuidance.
-    batch: stacked items of TrainingSet on one device (images are uint8), without "files".
-    step: from 0 to cfg.steps - 1; cfg.steps must not be 0 here.
+    batch: stacked items of TrainingSet on one device; images are uint8.
+    cfg: read are unlabelled, batch, micro_batch, precision, steps (not 0), seed, and the losses'.
+    step: from 0 to cfg.steps - 1. With cfg.seed it seeds torch's generator, as a side effect.
     Returns the losses of `semivl_loss`, means over micro-batches, and "kept": the share of pixels
-    that have a confident pseudo-label."""
+    that have a confident pseudo-label (without cfg.unlabelled only "x" and "total")."""
     device = batch["x"].device
     size = len(batch["x"])  # this process's share of cfg.batch
     images = {"x": batch["x"] / 255}  # view -> [size, 3, crop, crop], values in [0, 1]
     targets = {}  # view -> label, confidence, clip_label; [size, crop, crop] each
     losses = {}
+    lam = cfg.guidance * (1 - step / cfg.steps)
 
     if cfg.unlabelled:
         # Teacher and frozen CLIP label the weak views.
@@ -918,7 +935,7 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
         with torch.no_grad(), autocast(cfg, device):
             confidence, label = teacher(w).softmax(1).max(1)  # [size, crop, crop]
             clip_label = guidance.labels(w)
-        # Where the crop holds no image there is no label, as in a mask.
+        # Padding gets no label, as in masks.
         label = label.masked_fill(padding, IGNORE)
         clip_label = clip_label.masked_fill(padding, IGNORE)
         weak = label, confidence, clip_label
@@ -942,7 +959,7 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
         # DistributedDataParallel; on a plain SemiVL it has no effect.
         student.require_backward_grad_sync = chunk.stop == size
         # Feature dropout has a seed for each step and micro-batch, so that a resumed run drops the
-        # same channels. (TrainingSet's seeds are cfg.seed * 10**9 + i, below the half billion.)
+        # same channels. (TrainingSet seeds with cfg.seed * 10**9 + i; i is below half a billion.)
         first = step * cfg.batch + RANK * size + start
         torch.manual_seed(cfg.seed * 10**9 + 10**9 // 2 + first)
         # x, s1, s2, fp, one after the other: [views * micro, 3, crop, crop]
@@ -952,7 +969,6 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
         logits_of = dict(zip(images, logits.split(micro)))  # view -> [micro, N, crop, crop]
         targets_of = {view: [t[chunk] for t in fields] for view, fields in targets.items()}
         y = batch["y"][chunk].long()
-        lam = cfg.guidance * (1 - step / cfg.steps)
         terms = semivl_loss(logits_of, y, targets_of, lam, cfg.conf_thresh, cfg.weighting)
         # Each micro-batch has divided by its own number of pixels, as each GPU of the authors does.
         # With padding the gradient is close to that of the whole batch, but not equal to it.
@@ -975,7 +991,7 @@ def window_starts(size: int, window: int, stride: int, mode: str) -> list[int]:
     (Cityscapes): probabilities are averaged, and a window that passes the edge is cut short."""
     if mode == "probabilities":
         return list(range(0, size, stride))
-    last = max(size - window, 0)  # where the last window starts
+    last = max(size - window, 0)  # start of the last window: of size 683, window 512 it is 171
     return [min(start, last) for start in range(0, last + stride, stride)]
 
 
@@ -1015,23 +1031,25 @@ def segment(model, image: Image.Image, cfg: Config, device: torch.device) -> tor
     # interpolated. Aligned corners here, but not in SemiVL.forward: both as in the authors' code.
     best = torch.full(size, -math.inf, device=device)
     label = torch.zeros(size, dtype=torch.uint8, device=device)
-    for n, score in enumerate(scores.split(1, dim=1)):  # all at once would fill the memory
+    for n, score in enumerate(scores.split(1, dim=1)):  # all classes at once would need much memory
         score = F.interpolate(score, size, mode="bilinear", align_corners=True)[0, 0]  # [H, W]
         label = torch.where(score > best, n, label)
         best = best.maximum(score)
     return label
 
 
-def confusion_matrix(prediction, target, classes: int) -> torch.Tensor:
+def confusion_matrix(prediction, target, num_classes: int) -> torch.Tensor:
     """Pixel counts [N, N], rows truth, columns prediction, of label maps; IGNORE is left out."""
     known = target != IGNORE
     truth, predicted = target[known].long(), prediction[known].long()
     # The pair (truth, predicted) as one number, so that one bincount counts all pairs.
-    return torch.bincount(classes * truth + predicted, minlength=classes**2).view(classes, classes)
+    pairs = num_classes * truth + predicted
+    return pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def iou_per_class(matrix: torch.Tensor) -> torch.Tensor:
-    """Confusion matrix [N, N] -> TP / (TP + FP + FN), percent [N]; NaN if a class is in neither."""
+    """Confusion matrix [N, N] -> TP / (TP + FP + FN), percent [N]. NaN for a class without a pixel
+    in truth and prediction; the mean leaves it out."""
     hit = matrix.diag().double()
     return 100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)  # 0 / 0 is NaN
 
@@ -1065,9 +1083,9 @@ def report(models: dict, folder: Folder, cfg: Config, device) -> dict:
 # 10. The run: how do steps become a trained model that can be stopped at any time? ----------------
 # last.pt has the student, the teacher, the optimiser and the settings. It has neither the images
 # nor frozen CLIP: to resume, images and CLIP's weights have to be where they were. An item of data
-# depends on the seed and its number only, feature dropout also on --micro-batch and the number of
-# processes. If these stay, a run that was stopped goes on as if it had not been, bit for bit (on a
-# CPU; CUDA may add in another order).
+# depends on the seed and its number only; CutMix's partner also on --batch and the number of
+# processes, feature dropout on these and --micro-batch. If they stay, a run that was stopped goes
+# on as if it had not been, bit for bit (on a CPU; CUDA may add in another order).
 # Under torchrun every process runs this file: item i goes to process i % WORLD, DDP averages the
 # gradients, evaluation shares the images, and process 0 alone reports and writes the run.
 def pick_device(name: str) -> torch.device:
@@ -1138,8 +1156,8 @@ class Run:
             self.path = free_folder(cfg.out, Path("runs", name))
             self.path.mkdir(parents=True)
             (self.path / "semivl.py").write_bytes(Path(__file__).read_bytes())  # for the record
-        # buffering=1: a line is written at once, so a killed run loses none. The open file holds
-        # the lock.
+        # buffering=1: a line is written at once, so a killed run loses no line. The open file also
+        # carries the lock.
         self.file = open(self.path / "log.jsonl", "a", buffering=1)  # noqa: SIM115
         with contextlib.suppress(ImportError):  # Windows has no fcntl
             import fcntl
@@ -1169,8 +1187,8 @@ class Run:
 
 
 def make_networks(cfg: Config, folder: Folder, device: torch.device):
-    """The student; frozen CLIP as guidance; frozen CLIP as segmenters for the tables (title ->
-    model); CLIP's config (see `load_clip`)."""
+    """Four things: the student; FrozenGuidance for training; the columns of frozen CLIP in tables,
+    title -> model; CLIP's config (see `load_clip`)."""
     clip, clip_config = load_clip(cfg)
     words = describe_classes(clip, folder.classes, cfg.decoder_text, cfg.definitions)
     pretrained = cfg.clip_weights != "none"
@@ -1207,7 +1225,7 @@ def train(cfg: Config, saved: dict | None = None) -> None:
     parallel = nn.parallel.DistributedDataParallel(student) if WORLD > 1 else student
     models = baselines | {"SemiVL" if cfg.unlabelled else "labels only": teacher}
 
-    # Before the folder is made: a validation mask that cannot be read fails here.
+    # This comes before the folder is made: most masks that cannot be read fail here.
     for title, model in baselines.items():
         miou = evaluate(model, folder, folder.val[:100], cfg, device).nanmean()
         say(f"frozen {title}: mIoU {miou:.1f} (on at most 100 validation images)")
@@ -1340,7 +1358,7 @@ def load_file(file, **changes) -> tuple[Config, dict]:
 
 def load_checkpoint(file, **changes) -> tuple[SemiVL, torch.device, Config, dict]:
     """A checkpoint -> model in eval mode, its device, settings, class names and concepts."""
-    changes = dict(device="auto", out="") | changes  # the run's need not fit here
+    changes = dict(device="auto", out="") | changes  # the run's may not fit this machine
     cfg, content = load_file(file, **changes)
     with blame(f"{file} and the settings do not fit"):
         # Random weights first: CLIP's file is not needed, since the checkpoint has all, with the
@@ -1353,8 +1371,8 @@ def load_checkpoint(file, **changes) -> tuple[SemiVL, torch.device, Config, dict
 
 
 # 12. Pictures: masks in colours, the sheet of a run -----------------------------------------------
-# A low mIoU does not say why: masks on their side, two classes swapped. So a run draws sheet.png at
-# each evaluation.
+# A low mIoU does not say why: masks may be turned by 90 degrees, or two classes swapped. So a run
+# draws sheet.png at each evaluation.
 def colour_mask(mask: torch.Tensor) -> Image.Image:
     """Class numbers, uint8 [H, W] -> palette image whose values are still the class numbers."""
     # Steps of the golden ratio on the colour wheel; class 0, often the background, is grey.
@@ -1427,7 +1445,7 @@ def parse_args(argv) -> dict:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.error = partial(require, False)  # one line in the place of the usage
+    parser.error = partial(require, False)  # one line instead of the usage
     # SUPPRESS: an option that is not typed is absent, and has no default here. So `preset | typed`
     # lets what is typed win over the preset, and Config fills in the rest.
     parser.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped")
@@ -1484,7 +1502,7 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):  # that of a notebook has not
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
         sys.stdout.reconfigure(errors="replace")  # for class names that a console cannot print
     # A scheduler's SIGTERM does what Ctrl-C does. Put back afterwards: a notebook lives on.
     usual = signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -45,7 +45,7 @@ def tiny_model(classes=3, decoder="language", channels=128):
     return semivl.build_model(cfg, clip.visual, text)
 
 
-@pytest.mark.parametrize("decoder, channels", [("language", 128), ("language", 8), ("vision", 0)])
+@pytest.mark.parametrize("decoder, channels", [("language", 128), ("language", 8), ("vision", 8)])
 @pytest.mark.parametrize("size", [(64, 64), (40, 96), (33, 17), (9, 130)])
 def test_small_logits_have_the_size_of_the_image(size, decoder, channels):
     model = tiny_model(4, decoder, channels).eval()
@@ -62,7 +62,7 @@ def test_small_two_scenes_are_learned_by_heart():
         semivl.semivl_loss({"x": model(images)}, masks, {}, 0)["total"].backward()
         optimizer.step()
         optimizer.zero_grad()
-    matrix = semivl.confusion_matrix(model(images).argmax(1), masks, classes=3)
+    matrix = semivl.confusion_matrix(model(images).argmax(1), masks, num_classes=3)
     assert semivl.iou_per_class(matrix).mean() > 95
 
 
