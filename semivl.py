@@ -917,8 +917,9 @@ def training_step(student, teacher, guidance, batch: dict, cfg: Config, step: in
     teacher: images in [0, 1] -> logits [B, N, H, W], in eval mode, such as `frozen_copy(student)`.
     guidance: FrozenGuidance.
     batch: stacked items of TrainingSet on one device; images are uint8.
-    cfg: read are unlabelled, batch, micro_batch, precision, steps (not 0), seed, and the losses'.
-    step: from 0 to cfg.steps - 1. With cfg.seed it seeds torch's generator, as a side effect.
+    cfg: its unlabelled, batch, micro_batch, precision, steps (not 0), seed, guidance, conf_thresh
+    and weighting are read.
+    step: from 0 to cfg.steps - 1. With cfg.seed it seeds torch's generator, a side effect.
     Returns the losses of `semivl_loss`, means over micro-batches, and "kept": the share of pixels
     that have a confident pseudo-label (without cfg.unlabelled only "x" and "total")."""
     device = batch["x"].device
