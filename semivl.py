@@ -36,7 +36,7 @@ The paper's ideas (the last one comes from UniMatch, Yang et al., CVPR 2023):
 
 Sections 2 to 8 are the method; `training_step` is the table further up as code. For the method
 alone stop at section 9: the rest makes a program of it. `pytest -k equal` compares forward pass,
-losses and norms of gradients with numbers that the authors' code computed (not for DeepLabV3+).
+losses and norms of gradients with numbers that the authors' code computed.
 
 The toy world, which data_prep.py paints, has 900 scenes of 96 x 96 pixels: two to four of ten
 things (car, cat, castle, ...) on one of four grounds. Its tiny CLIP has learned from 16,000 other
