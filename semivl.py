@@ -189,6 +189,8 @@ def blame(what):
     json and torch raise errors of any class for damaged files."""
     try:
         yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
     except Exception as error:
         reason = str(error) or repr(error)  # a MemoryError has no words
         if isinstance(error, OSError) and error.strerror:
