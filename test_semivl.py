@@ -281,7 +281,7 @@ def test_the_decoder_without_language_equals_the_authors():
     shapes = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
     decoder.load_state_dict({name: formula(name, shape) for name, shape in shapes.items()})
     dense, skip = random_normal(31, (2, 512, 8, 8)), random_normal(32, (2, 64, 8, 8))
-    for mode in ("eval", "train"):  # in training, batch norm uses the batch's statistics
+    for mode in ("eval", "train"):  # numbers of a transcript of their head, without mmsegmentation
         decoder.train(mode == "train")
         assert_golden("vision ", **{mode: decoder(dense, (None, skip))})
 
@@ -334,7 +334,7 @@ def test_mean_weighting_of_one_image_equals_the_authors():
     rng, logits = np.random.RandomState(42), random_normal(41, (1, 5, 16, 16))
     targets = map(torch.from_numpy, (rng.randint(0, 5, (1, 16, 16)), rng.rand(1, 16, 16)))
     loss = semivl.consistency_loss(logits, *targets, weighting="mean")
-    assert loss.item() == pytest.approx(1.018715, abs=1e-5)
+    assert loss.item() == pytest.approx(1.018715, abs=1e-5)  # of a transcript of their function
 
 
 def test_window_average_equals_the_authors(authors):
